@@ -1,0 +1,94 @@
+# Every target sets up what it needs and nothing twice; see `make help`.
+# Paths are relative: the clone may lie in a folder with spaces in its name.
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+EXPERIMENT ?= experiments/tokenizer/openmoji-32.yaml
+ARGS ?=
+
+PY := $(VENV)/bin/python
+V2FLOW := $(PY) -m v2flow
+NAME := $(basename $(notdir $(EXPERIMENT)))
+
+# The default pictures are built only for an experiment that reads them.
+OPENMOJI := data/openmoji/.complete
+DATA := $(shell grep -qs data/openmoji "$(EXPERIMENT)" && echo $(OPENMOJI))
+
+# What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
+CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
+PICTURES := $(or $(V2FLOW_DATA),$(if $(wildcard ../shared/data),../shared/data,data))
+SHARDS ?= $(if $(DATA),data/openmoji/test-*.tar,$(if $(findstring cifar10,$(NAME)),$(PICTURES)/cifar10/test-{000000..000001}.tar))
+
+START := $(shell date +%s)
+# $(call minutes,from,to): a shell expression.
+minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
+
+.DEFAULT_GOAL := help
+.PHONY: help train-tokenizer evaluate test test-gpu lint format experiment-exists
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make train-tokenizer   train a tokenizer: data, training, figures, grid (no GPU needed)"
+	@echo "make evaluate          score the newest run of EXPERIMENT, or CHECKPOINT=..., on SHARDS=..."
+	@echo "make test              run the tests"
+	@echo "make test-gpu          run the tests that need a CUDA GPU"
+	@echo "make lint              check style and types"
+	@echo "make format            put the code into the project's style"
+	@echo
+	@echo "EXPERIMENT=file.yaml   the experiment file; now $(EXPERIMENT)"
+	@echo "ARGS=\"...\"             more words for the command, such as --trainer.max_steps=100"
+	@echo "VENV=folder            the virtual environment; now $(VENV)"
+	@echo
+	@echo "Each target sets up what it needs: virtual environment, packages, data."
+
+train-tokenizer: experiment-exists $(VENV)/.installed-cli $(DATA)
+	@ready=$$(date +%s); \
+	echo "v2flow: set-up took $(call minutes,$(START),ready)"; \
+	$(V2FLOW) fit --config "$(EXPERIMENT)" $(ARGS); status=$$?; \
+	finished=$$(date +%s); \
+	echo "v2flow: set-up took $(call minutes,$(START),ready), training $(call minutes,ready,finished)"; \
+	exit $$status
+
+evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
+	@if [ -z "$(CHECKPOINT)" ]; then \
+	  echo "v2flow: error: no run of $(EXPERIMENT) in checkpoints/$(NAME); run 'make train-tokenizer' first" \
+	    "or name one with CHECKPOINT=..." >&2; exit 2; fi
+	@if [ -z "$(SHARDS)" ]; then \
+	  echo "v2flow: error: no test shards known for $(EXPERIMENT); name them with SHARDS=..." >&2; exit 2; fi
+	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(PY) -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.installed-test
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed-lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+experiment-exists:
+	@[ -f "$(EXPERIMENT)" ] || { \
+	  echo "v2flow: error: EXPERIMENT=$(EXPERIMENT): no such file; see experiments/tokenizer/" >&2; exit 2; }
+
+$(OPENMOJI): | $(VENV)/.installed-cli
+	$(V2FLOW) data openmoji --out data/openmoji
+	@touch $@
+
+# One stamp for each set of extras; a change of the dependencies installs again.
+EXTRAS_cli := cli
+EXTRAS_test := cli,test
+EXTRAS_lint := cli,test,lint
+
+$(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS_$*)]"
+	@touch $@
+
+$(VENV)/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo "v2flow: error: no Python found; name one with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv "$(VENV)"

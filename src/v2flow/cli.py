@@ -1,0 +1,77 @@
+"""The command `v2flow`: verbs, their options, and one place where mistakes become one line and exit status 2.
+
+What a verb imports is imported inside it, so that `v2flow --help` answers at once.
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from v2flow import __version__
+from v2flow.cli_data import add_data_verbs
+from v2flow.cli_model import add_model_verbs
+from v2flow.errors import V2FlowError
+
+TRAINING_VERBS = {
+    "fit": "train what an experiment file describes",
+    "validate": "score the validation shards of an experiment file",
+    "test": "run the test shards of an experiment file",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `V2FlowError`s instead of a usage text and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise V2FlowError(f"{message}; see `{self.prog} --help`")
+
+
+def build_parser() -> Parser:
+    """The parser of all verbs; `arguments.run(arguments)` does the work of the chosen one."""
+    parser = Parser(
+        prog="v2flow",
+        description="Train, score and use image tokenizers whose tokens live in the vocabulary space of an LLM.",
+    )
+    parser.add_argument("--version", action="version", version=f"v2flow {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    add_data_verbs(verbs)
+    for verb, summary in TRAINING_VERBS.items():
+        # Only listed here: their options are those of the experiment files, see `main`.
+        verbs.add_parser(verb, help=summary, add_help=False)
+    add_model_verbs(verbs)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        argv: the words after `v2flow`; those of the process when left out.
+
+    Returns:
+        Exit status: 0, or 2 after a mistake in the input, which is one line on standard error.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if arguments and arguments[0] in TRAINING_VERBS:
+            from v2flow.cli_training import run_training
+
+            run_training(arguments)
+        else:
+            options = build_parser().parse_args(arguments)
+            options.run(options)
+    except V2FlowError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("v2flow: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print("v2flow: error:", " ".join(message.split()), file=sys.stderr)
+    return 2

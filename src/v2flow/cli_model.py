@@ -1,0 +1,198 @@
+"""Verbs that use a trained model: evaluate, encode, decode, reconstruct, export."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from v2flow.errors import V2FlowError
+
+CHECKPOINT_HELP = "a .ckpt file of `v2flow fit`, or a folder of `v2flow export`"
+
+
+def add_model_verbs(verbs: Any) -> None:
+    """Adds the verbs to the subparsers of `v2flow`."""
+    _add_evaluate(verbs)
+    encode = _add_verb(verbs, "encode", run_encode, "visual token ids of pictures, as an .npz file")
+    encode.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture files; centre-cropped and resized"
+    )
+    encode.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="one array [N] for each file name"
+    )
+    decode = _add_verb(verbs, "decode", run_decode, "pictures from an .npz file of ids")
+    decode.add_argument("ids", type=Path, metavar="IDS", help="file made by `v2flow encode`")
+    decode.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for NAME.png")
+    _add_decode_options(decode)
+    reconstruct = _add_verb(verbs, "reconstruct", run_reconstruct, "encode and decode pictures")
+    reconstruct.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture files; centre-cropped and resized"
+    )
+    reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for NAME.png")
+    reconstruct.add_argument(
+        "--grid", type=Path, metavar="FILE", help="also originals above reconstructions, a PNG"
+    )
+    reconstruct.add_argument("--json", type=Path, metavar="FILE", help="also the PSNR of each picture")
+    _add_decode_options(reconstruct)
+    export = _add_verb(verbs, "export", run_export, "a folder for V2FlowTokenizer.from_pretrained")
+    export.add_argument("folder", type=Path, metavar="DIR", help="new or empty folder to write")
+
+
+def _add_verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=summary, description=summary.capitalize() + "."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    if name != "evaluate":
+        parser.add_argument(
+            "--weights", choices=("ema", "raw"), default="ema", help="of a .ckpt file; default: ema"
+        )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_evaluate(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "evaluate", run_evaluate, "score reconstructions of shards, in all decode modes"
+    )
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="SHARDS", help="tar files; brace globs are expanded"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and their protocol here")
+    parser.add_argument(
+        "--weights", nargs="+", choices=("ema", "raw"), default=["ema", "raw"], help="default: both"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="some of the checkpoint's decode modes")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="decides which noise a picture gets"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the decoding noise")
+    parser.add_argument(
+        "--no-features", action="store_true", help="leave out feature distances: fidelity only"
+    )
+    parser.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's weights, for rFID")
+    parser.add_argument("--floors-train", nargs="+", metavar="SHARDS", help="training shards: adds the rows of the "
+                        "mean picture and of the nearest training picture")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
+
+
+def _add_decode_options(parser: argparse.ArgumentParser) -> None:
+    """Options left out stay out of the namespace; without any, the checkpoint's first decode mode is used."""
+    group = parser.add_argument_group(
+        "how to decode", "either --mode, or options of your own; neither: the checkpoint's first mode"
+    )
+    group.add_argument("--mode", metavar="NAME", help="one of the checkpoint's decode modes")
+    unset = argparse.SUPPRESS
+    group.add_argument("--steps", type=int, default=unset, help="ODE steps in each AR iteration")
+    group.add_argument("--iterations", type=int, default=unset, help="AR iterations")
+    group.add_argument("--guidance", type=float, default=unset, help="guidance scale; 1 is none")
+    group.add_argument("--guidance-schedule", choices=("constant", "linear"), default=unset)
+    group.add_argument("--solver", choices=("euler", "heun", "multistep"), default=unset)
+    group.add_argument("--timestep-shift", type=float, default=unset, help="above 1: more steps near noise")
+    group.add_argument(
+        "--temperature", type=float, default=unset, help="standard deviation of the first noise"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """`v2flow evaluate`."""
+    from v2flow.evaluate import evaluate_checkpoint
+
+    report = evaluate_checkpoint(
+        options.checkpoint,
+        options.data,
+        weights=options.weights,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        modes=options.modes,
+        features=not options.no_features,
+        inception_weights=options.inception_weights,
+        floors_train=options.floors_train,
+        json_path=options.json,
+        num_workers=options.workers,
+        progress=True,
+    )
+    from v2flow.cli_report import evaluation_table
+
+    print(evaluation_table(report))
+
+
+def run_encode(options: argparse.Namespace) -> None:
+    """`v2flow encode`."""
+    from v2flow.inference import LoadedModel, named_pictures, write_ids
+
+    names = named_pictures(options.images)
+    loaded = LoadedModel(options.checkpoint, options.weights)
+    ids = {name: loaded.encode(loaded.picture(path)) for name, path in names.items()}
+    write_ids(options.out, ids)
+    print(f"{len(ids)} pictures, {loaded.model.num_tokens} ids each: {options.out}")
+
+
+def run_decode(options: argparse.Namespace) -> None:
+    """`v2flow decode`."""
+    from v2flow.images import save_image
+    from v2flow.inference import LoadedModel, read_ids
+
+    ids = read_ids(options.ids)
+    loaded = LoadedModel(options.checkpoint, options.weights)
+    how = loaded.decode_options(options.mode, chosen_decode_options(options))
+    pictures = {name: loaded.decode(row, how, (options.seed, i)) for i, (name, row) in enumerate(ids.items())}
+    for name, picture in pictures.items():
+        save_image(picture, options.out / f"{Path(name).stem}.png")
+    print(f"{len(pictures)} pictures: {options.out}")
+
+
+def run_reconstruct(options: argparse.Namespace) -> None:
+    """`v2flow reconstruct`."""
+    import torch
+
+    from v2flow.images import save_grid, save_image
+    from v2flow.inference import LoadedModel, named_pictures, picture_psnr
+    from v2flow.metrics.files import write_json
+
+    names = named_pictures(options.images)
+    loaded = LoadedModel(options.checkpoint, options.weights)
+    how = loaded.decode_options(options.mode, chosen_decode_options(options))
+    originals = {name: loaded.picture(path) for name, path in names.items()}
+    results = {
+        name: loaded.decode(loaded.encode(picture), how, (options.seed, i))
+        for i, (name, picture) in enumerate(originals.items())
+    }
+    figures = {name: picture_psnr(originals[name], result) for name, result in results.items()}
+    for name, result in results.items():
+        save_image(result, options.out / f"{Path(name).stem}.png")
+        print(f"{name}: psnr {figures[name]:.2f} dB")
+    if options.grid is not None:
+        save_grid([torch.stack(list(originals.values())), torch.stack(list(results.values()))], options.grid)
+    if options.json is not None:
+        write_json(
+            options.json,
+            {"checkpoint": options.checkpoint, "decode": how, "seed": options.seed, "psnr": figures},
+        )
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """`v2flow export`."""
+    from v2flow.inference import export_model
+
+    export_model(options.checkpoint, options.weights, options.folder)
+    print(f"exported: {options.folder}")
+
+
+def chosen_decode_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The decode options that the user gave, by the names that `decode` has for them."""
+    names = (
+        "steps",
+        "iterations",
+        "guidance",
+        "guidance_schedule",
+        "solver",
+        "timestep_shift",
+        "temperature",
+    )
+    chosen = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if chosen and options.mode is not None:
+        raise V2FlowError(f"options --mode and --{next(iter(chosen))}: expected one of them")
+    return chosen

@@ -1,0 +1,129 @@
+"""`v2flow fit|validate|test`: Lightning's command line over experiment files, with short error messages."""
+
+import logging
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from omegaconf.errors import OmegaConfBaseException
+
+from v2flow.errors import V2FlowError
+from v2flow.training.checkpoint import initialise_from
+from v2flow.training.data_module import ShardDataModule
+
+SHARED_DATA = Path("../shared/data")
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with `--init-from`, and the pictures' size handed from the model to the data."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        verbs = LightningCLI.subcommands()
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # argparse's own usage text would list a hundred options before saying anything.
+        return super().init_parser(usage="%(prog)s [--config FILE] [--OPTION VALUE ...]", **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--init-from",
+            type=Optional[str],
+            default=None,
+            help="Checkpoint or exported folder whose weights to start from. Unlike --ckpt_path it leaves the "
+            "optimiser, the step count and the position in the data as at the start of a run.",
+        )
+        # One size for both, whatever class the model is.
+        parser.link_arguments(
+            "model",
+            "data.image_size",
+            compute_fn=lambda module: module.model.config.image_size,
+            apply_on="instantiate",
+        )
+
+    def _initialise(self) -> None:
+        options: Any = self.config[self.subcommand]
+        if options.init_from is None:
+            return
+        if options.ckpt_path is not None:
+            raise V2FlowError(
+                "options --init-from and --ckpt_path: expected one of them; --ckpt_path resumes a run, "
+                "--init-from starts a new one from its weights"
+            )
+        initialise_from(self.model.model, options.init_from)
+
+    def before_fit(self) -> None:
+        self._initialise()
+
+    def before_validate(self) -> None:
+        self._initialise()
+
+    def before_test(self) -> None:
+        self._initialise()
+
+
+def run_training(arguments: list[str]) -> None:
+    """Runs `fit`, `validate` or `test` with the words after `v2flow`.
+
+    Raises:
+        V2FlowError: an unknown option, a value of the wrong type, a missing file or an unresolved `${…}`.
+    """
+    # The experiment files find pictures that are not built here through this variable.
+    os.environ.setdefault("V2FLOW_DATA", str(SHARED_DATA if SHARED_DATA.is_dir() else "data"))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    try:
+        with _command_line(arguments):
+            TrainingCLI(
+                LightningModule,
+                ShardDataModule,
+                subclass_mode_model=True,
+                # The modules configure their own optimiser: options for another one would do nothing.
+                auto_configure_optimizers=False,
+                parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            )
+    except ArgumentError as error:
+        raise V2FlowError(f"{condense(str(error))}; see `v2flow {arguments[0]} --help`") from error
+    except OmegaConfBaseException as error:
+        raise V2FlowError(f"experiment file: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        # jsonargparse wraps what an option's own check says in the story of every type that it tried.
+        if isinstance(error, V2FlowError) or "Does not validate against" not in str(error):
+            raise
+        raise V2FlowError(condense(str(error))) from error
+
+
+def condense(message: str) -> str:
+    """The words of a jsonargparse message that name the option and what is wrong with it, on one line.
+
+    >>> condense("Parser key 'model':\\n  Does not validate against any of the Union subtypes\\n  Errors:\\n    - bad")
+    "Parser key 'model': bad"
+    """
+    message = re.split(r"\n\s*Given value type:", message)[0]
+    noise = re.compile(r"Does not validate against any|Subtypes:|Errors:$|Expected a <class 'NoneType'>")
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line and not noise.match(line))
+    text = re.sub(r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"unknown option '\1.\2'", text)
+    return text.replace("unrecognized arguments:", "unknown option")
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
+@contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    """LightningCLI reads the process's own words, also when it names itself in usage texts."""
+    before = sys.argv
+    sys.argv = ["v2flow", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

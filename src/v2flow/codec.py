@@ -1,0 +1,139 @@
+"""Image codecs: pixels to latents of about unit scale and back.
+
+A codec is frozen: it has no trainable parameters, stays in evaluation mode, and its weights are named, not stored,
+in checkpoints.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from v2flow.config import CodecConfig
+from v2flow.errors import V2FlowError
+
+
+class ImageCodec(nn.Module):
+    """Base of all codecs.
+
+    Attributes:
+        channels: channels C of a latent position.
+        downsample: pixels a side of one latent position.
+    """
+
+    channels: int
+    downsample: int
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] to latents `[B, C, H/downsample, W/downsample]`."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images `[B, 3, H, W]`; values may leave [0, 1] a little."""
+        raise NotImplementedError
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of pictures of this size.
+
+        Raises:
+            V2FlowError: a side that is not a multiple of `downsample`.
+        """
+        step = self.downsample
+        if height % step or width % step or min(height, width) < step:
+            near = max(round(height / step), 1) * step, max(round(width / step), 1) * step
+            raise V2FlowError(
+                f"image size {height}x{width}: this codec takes multiples of {step}; the nearest is {near[0]}x{near[1]}"
+            )
+        return self.channels, height // step, width // step
+
+
+class PatchCodec(ImageCodec):
+    """Pixel patches: (x − shift)·scale, unfolded in the order of `pixel_unshuffle` (channel, row, column)."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.downsample, self.scale, self.shift = config.patch_size, config.scale, config.shift
+        self.channels = 3 * config.patch_size**2
+
+    def encode(self, images: Tensor) -> Tensor:
+        return F.pixel_unshuffle((images - self.shift) * self.scale, self.downsample)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(latents, self.downsample) / self.scale + self.shift
+
+
+class FrozenAutoencoder(ImageCodec):
+    """A frozen diffusers autoencoder; takes pixels in [-1, 1], latents are multiplied by `scale`."""
+
+    def __init__(self, autoencoder: nn.Module, channels: int, downsample: int, scale: float) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.channels, self.downsample, self.scale = channels, downsample, scale
+
+    def train(self, mode: bool = True) -> "FrozenAutoencoder":
+        """Stays in evaluation mode: a frozen autoencoder has nothing to train."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        encoded = self.autoencoder.encode(images * 2 - 1)
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        return latents * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents / self.scale).sample / 2 + 0.5
+
+
+# The published architecture of the reference's DC-AE (32 latent channels, 32 pixels a position).
+_DC_F32C32: dict[str, Any] = {
+    "in_channels": 3,
+    "latent_channels": 32,
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "upsample_block_type": "interpolate",
+}
+
+
+def build_codec(config: CodecConfig, weights: bool = True) -> ImageCodec:
+    """The codec that the configuration names.
+
+    Args:
+        weights: false builds the architecture alone (for size estimates on the meta device).
+
+    Raises:
+        V2FlowError: no path given, or nothing that diffusers can load lies there.
+    """
+    if config.kind == "patch":
+        return PatchCodec(config)
+    from diffusers import AutoencoderDC, AutoencoderKL
+
+    kind = AutoencoderDC if config.kind == "dc" else AutoencoderKL
+    if not weights:
+        autoencoder = kind(**_DC_F32C32) if config.kind == "dc" else kind()
+    else:
+        autoencoder = _load(kind, config)
+    blocks = autoencoder.config.get("encoder_block_out_channels") or autoencoder.config["block_out_channels"]
+    return FrozenAutoencoder(
+        autoencoder, autoencoder.config["latent_channels"], 2 ** (len(blocks) - 1), config.scale
+    )
+
+
+def _load(kind: Any, config: CodecConfig) -> nn.Module:
+    if config.path is None:
+        raise V2FlowError(f"option codec.path: kind {config.kind!r} needs a folder or hub id of a {kind.__name__}")
+    try:
+        return kind.from_pretrained(config.path)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise V2FlowError(
+            f"option codec.path: {config.path!r} is not a loadable {kind.__name__} ({reason}); "
+            "give a folder made by save_pretrained or a hub id that this machine can reach"
+        ) from error

@@ -1,0 +1,222 @@
+"""What a tokenizer is made of, as plain dataclasses.
+
+They are the options of the experiment files (``--model.init_args.tokenizer.…``), the hyper-parameters in a
+checkpoint and the ``config.json`` of an exported tokenizer. Contradictions are refused here, before any work.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Optional
+
+from v2flow.errors import V2FlowError
+
+
+def _require(condition: bool, option: str, expected: str, found: object) -> None:
+    if not condition:
+        raise V2FlowError(f"option {option}: expected {expected}, found {found!r}")
+
+
+@dataclass
+class CodecConfig:
+    """How pixels become latents of about unit scale."""
+
+    kind: Literal["patch", "dc", "kl"] = "patch"
+    """patch: pixel patches, no network; dc: frozen AutoencoderDC; kl: frozen AutoencoderKL (diffusers)."""
+    patch_size: int = 4
+    """Side of a pixel patch; only for kind=patch."""
+    path: Optional[str] = None
+    """Folder or hub id of the diffusers autoencoder; only for kind=dc and kl."""
+    scale: float = 4.0
+    """Factor that brings latents to unit scale (0.41407 for the reference's DC-AE)."""
+    shift: float = 0.5
+    """Subtracted from pixel values before scaling; only for kind=patch."""
+
+    def __post_init__(self) -> None:
+        _require(self.patch_size >= 1, "codec.patch_size", "a positive number of pixels", self.patch_size)
+        _require(self.scale > 0, "codec.scale", "a positive factor", self.scale)
+
+
+@dataclass
+class VocabularyConfig:
+    """The frozen vocabulary of the pretrained LLM."""
+
+    source: str = "gemma3-270m"
+    """gemma3-270m, wordllama, random, or a Hugging Face model folder, .gguf or .safetensors file."""
+    size: Optional[int] = 2048
+    """Number of entries: a documented subset (see llm.py); null takes the whole vocabulary."""
+    center: bool = True
+    """Subtract the mean row before anything else: Gemma's rows share half of their length."""
+    dim: int = 640
+    """Width of the rows; only for source=random."""
+    seed: int = 0
+    """Seed of the rows; only for source=random."""
+
+    def __post_init__(self) -> None:
+        _require(self.size is None or self.size >= 2, "vocabulary.size", "null or at least 2 entries", self.size)
+
+
+@dataclass
+class ResamplerConfig:
+    """Latents to soft categorical distributions over the LLM vocabulary."""
+
+    width: int = 192
+    """Channels of the convolutional stages."""
+    depth: int = 3
+    """Residual blocks in each of the two stages (one before, one after the pooling)."""
+    token_grid: list[int] = field(default_factory=lambda: [8, 8])
+    """Rows and columns of visual tokens; latents are average-pooled onto this grid."""
+    readout: Literal["keys", "linear"] = "keys"
+    """keys: cosine similarity to a learned projection of the table; linear: one free row an entry."""
+    key_dim: int = 128
+    """Width of queries and keys; only for readout=keys."""
+    scale: float = 10.0
+    """Largest logit of readout=keys: high values saturate the softmax and stop its gradient."""
+    temperature: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Softmax temperature at the start and at the end of the noise schedule (linear between)."""
+    noise: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Amplitude of the Gumbel noise at the start and at the end of its schedule; none at inference."""
+    schedule_end: float = 0.5
+    """Share of the training after which noise and temperature stay at their end values."""
+    hard: bool = False
+    """One-hot forward pass with the soft gradient (straight-through) instead of the soft mixture."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.token_grid) == 2 and min(self.token_grid) >= 1, "resampler.token_grid",
+                 "two positive numbers, rows and columns", self.token_grid)  # fmt: skip
+        _require(len(self.temperature) == 2 and min(self.temperature) > 0, "resampler.temperature",
+                 "two positive numbers, start and end", self.temperature)  # fmt: skip
+        _require(len(self.noise) == 2 and min(self.noise) >= 0, "resampler.noise",
+                 "two numbers >= 0, start and end", self.noise)  # fmt: skip
+        _require(0 < self.schedule_end <= 1, "resampler.schedule_end", "a share in (0, 1]", self.schedule_end)
+
+
+@dataclass
+class VisualVocabularyConfig:
+    """The cosine codebook in the LLM's embedding space."""
+
+    size: int = 1024
+    """Number of visual tokens K."""
+    decay: float = 0.95
+    """Decay of the running means that are the codes (the reference: 0.8)."""
+    commitment: float = 0.25
+    """Weight of the commitment loss."""
+    revive_below: float = 0.05
+    """A code used less than this share of the average code is set to a token of the batch; 0 = never."""
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 2, "visual_vocabulary.size", "at least 2 codes", self.size)
+        _require(0 <= self.decay < 1, "visual_vocabulary.decay", "a number in [0, 1)", self.decay)
+
+
+@dataclass
+class DecoderConfig:
+    """The masked autoregressive transformer: visual tokens and visible latents to conditions."""
+
+    width: int = 192
+    """Model width."""
+    heads: int = 6
+    """Attention heads."""
+    encoder_depth: int = 2
+    """Blocks over the prefix and the visible latents."""
+    decoder_depth: int = 2
+    """Blocks over all positions, mask tokens included."""
+    prefix: Literal["aligned", "attend"] = "aligned"
+    """attend: the decoder blocks attend to the prefix (the reference); aligned: each position is given the
+    encoder's state of the token above it and the prefix is left out of the decoder blocks: half the sequence."""
+    mask_ratio: list[float] = field(default_factory=lambda: [1.0, 0.25, 0.7])
+    """Mean, standard deviation and minimum of the truncated normal (maximum 1) of a batch's mask ratio."""
+    full_mask_share: float = 0.5
+    """Share of batches masked everywhere: tokens that visible latents can replace are not learned."""
+    null_probability: float = 0.1
+    """Share of pictures whose tokens are replaced by the null embedding, for guidance."""
+    checkpointing: bool = False
+    """Recompute activations in backward: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, "decoder.heads", f"a divisor of width {self.width}", self.heads)
+        _require(len(self.mask_ratio) == 3 and 0 < self.mask_ratio[2] <= 1, "decoder.mask_ratio",
+                 "mean, standard deviation, minimum in (0, 1]", self.mask_ratio)  # fmt: skip
+        _require(0 <= self.full_mask_share <= 1, "decoder.full_mask_share", "a share in [0, 1]", self.full_mask_share)
+        _require(0 <= self.null_probability < 1, "decoder.null_probability", "a share in [0, 1)",
+                 self.null_probability)  # fmt: skip
+
+
+@dataclass
+class VelocityConfig:
+    """The velocity field of the rectified flow and its loss."""
+
+    kind: Literal["per_position", "joint"] = "joint"
+    """per_position: an AdaLN MLP on each latent alone (the paper's); joint: attends over positions."""
+    width: int = 192
+    """Width of the field."""
+    depth: int = 3
+    """Blocks."""
+    heads: int = 6
+    """Attention heads; only for kind=joint."""
+    fine_patch: int = 4
+    """Read each latent as fine_patch² finer positions (the pixels of a patch) and put convolutions on that grid
+    around the transformer; 1 = none; only for kind=joint."""
+    fine_width: int = 32
+    """Channels of those convolutions."""
+    fine_depth: int = 1
+    """Residual blocks of two convolutions, before and after the transformer."""
+    target: Literal["residual", "x0", "velocity"] = "residual"
+    """What flows: the normalised residual to the conditional mean; the latent with the error weighed in x_0;
+    or the latent with the velocity loss (the reference)."""
+    skip: bool = True
+    """Add a linear image of the condition to the predicted x_0; only for target=x0."""
+    draws: int = 1
+    """Noise draws a position and step."""
+    weight_cap: float = 4.0
+    """Largest weight min(1/t^2, cap) of the error in x_0; only for target=x0."""
+    start_share: float = 0.1
+    """Share of draws exactly at t=1, where every sampler starts; the rest is logit-normal."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal timestep distribution."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal timestep distribution."""
+    weight: float = 1.0
+    """Weight of the flow loss beside the loss of the conditional mean; only for target=residual."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind != "joint" or self.width % self.heads == 0, "velocity.heads",
+                 f"a divisor of width {self.width}", self.heads)  # fmt: skip
+        _require(self.draws >= 1, "velocity.draws", "at least 1 draw", self.draws)
+        _require(0 <= self.start_share <= 1, "velocity.start_share", "a share in [0, 1]", self.start_share)
+
+
+@dataclass
+class TokenizerConfig:
+    """Everything that defines a V2Flow tokenizer."""
+
+    image_size: int = 32
+    """Side of the square pictures it is trained on."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    visual_vocabulary: VisualVocabularyConfig = field(default_factory=VisualVocabularyConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    velocity: VelocityConfig = field(default_factory=VelocityConfig)
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """Build the dataclass `cls` from nested plain values, as read from ``config.json`` or a checkpoint.
+
+    Raises:
+        V2FlowError: an option that the class does not have.
+    """
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise V2FlowError(f"{where}: unknown option {unknown[0]!r}; expected one of {', '.join(known)}")
+    built = {}
+    for name, value in values.items():
+        kind = known[name].type
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+            value = from_dict(kind, value, f"{where}.{name}")
+        built[name] = value
+    return cls(**built)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values of a dataclass; the inverse of `from_dict`."""
+    return asdict(config)

@@ -1,0 +1,8 @@
+"""The one error type that a user's mistake ends in."""
+
+
+class V2FlowError(ValueError):
+    """A mistake in the input: one line that names what was wrong, what was expected and the next step.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """

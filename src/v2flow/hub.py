@@ -1,0 +1,136 @@
+"""Saving and loading a tokenizer in the Hugging Face way: a folder or a hub repository.
+
+The folder holds ``config.json``, ``model.safetensors`` and, once, the frozen rows of the LLM vocabulary
+(``vocabulary.safetensors`` with their strings): without it the rows are loaded anew from their source and
+compared by SHA-256.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors.torch import load_file, save_file
+
+from v2flow.config import TokenizerConfig, from_dict, to_dict
+from v2flow.errors import V2FlowError
+from v2flow.llm import LLMVocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from v2flow.tokenizer import V2FlowTokenizer
+
+CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.safetensors"
+
+
+class PretrainedMixin(
+    ModelHubMixin,
+    library_name="v2flow",
+    tags=["image-tokenizer", "rectified-flow"],
+    paper_url="https://arxiv.org/abs/2503.07493",
+):
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` (revision, cache_dir, local_files_only, token)."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        model: V2FlowTokenizer = self  # type: ignore[assignment]
+        weights = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("codec.")}
+        save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {"table": model.raw_table()}, save_directory / VOCABULARY, metadata={"words": json.dumps(model.words)}
+        )
+        document = {
+            "model_type": "v2flow-tokenizer",
+            "vocabulary_sha256": model.vocabulary_sha256,
+            "tokenizer": to_dict(model.config),
+        }
+        (save_directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str | torch.device = "cpu",
+        **_: Any,
+    ) -> Any:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                    local_files_only=local_files_only, token=token,
+                )
+            )  # fmt: skip
+        return load_folder(cls, folder).to(map_location)
+
+
+def load_folder(cls: Any, folder: Path) -> Any:
+    """The tokenizer saved in `folder`, in evaluation mode.
+
+    Raises:
+        V2FlowError: a missing or foreign file, weights of other sizes, or another LLM's vocabulary.
+    """
+    document = _read_config(folder)
+    config = from_dict(TokenizerConfig, document["tokenizer"], str(folder / CONFIG))
+    vocabulary = _read_vocabulary(folder, config)
+    check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
+    model = cls(config, vocabulary)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise V2FlowError(f"{folder / WEIGHTS}: not a readable safetensors file ({error}); export it again") from error
+    load_weights(model, weights, str(folder / WEIGHTS))
+    return model.eval()
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Strict load that leaves frozen codecs alone and names the first tensor that does not fit."""
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith("codec.")}
+    for name in sorted(set(expected) | set(weights)):
+        if name not in weights or name not in expected:
+            side = "missing" if name in expected else "unexpected"
+            raise V2FlowError(f"{where}: {side} tensor {name!r}; is it a checkpoint of another configuration?")
+        if expected[name].shape != weights[name].shape:
+            raise V2FlowError(
+                f"{where}: tensor {name!r} has shape {list(weights[name].shape)}, the configuration needs "
+                f"{list(expected[name].shape)}; was it trained with another codebook size or LLM?"
+            )
+    model.load_state_dict(weights, strict=False)
+
+
+def check_vocabulary(found: str, expected: str | None, where: str) -> None:
+    """Refuse weights that were trained on other embedding rows."""
+    if expected is not None and found != expected:
+        raise V2FlowError(
+            f"{where}: trained on the LLM vocabulary {expected[:12]}, found {found[:12]}; "
+            "install the same LLM package or keep the vocabulary file beside the weights"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError as error:
+        raise V2FlowError(f"{folder / CONFIG}: not found; expected a folder made by `v2flow export`") from error
+    except json.JSONDecodeError as error:
+        raise V2FlowError(f"{folder / CONFIG}: not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("model_type") != "v2flow-tokenizer":
+        raise V2FlowError(f"{folder / CONFIG}: expected model_type 'v2flow-tokenizer'; is it another model's folder?")
+    return document
+
+
+def _read_vocabulary(folder: Path, config: TokenizerConfig) -> LLMVocabulary:
+    path = folder / VOCABULARY
+    if not path.exists():
+        return load_vocabulary(config.vocabulary)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        words = json.loads((file.metadata() or {}).get("words", "[]"))
+        table = file.get_tensor("table")
+    return LLMVocabulary.from_table(table, words, config.vocabulary.source)

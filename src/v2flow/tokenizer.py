@@ -1,0 +1,236 @@
+"""The V2Flow tokenizer: codec, resampler, visual vocabulary, masked decoder and flow, assembled."""
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from v2flow.codec import build_codec
+from v2flow.config import TokenizerConfig
+from v2flow.decoding import DecodeOptions, draw_latents
+from v2flow.errors import V2FlowError
+from v2flow.flow import FlowHead
+from v2flow.hub import PretrainedMixin
+from v2flow.llm import LLMVocabulary, load_vocabulary
+from v2flow.masked_decoder import MaskedAutoregressiveDecoder, draw_mask
+from v2flow.resampler import SoftDistribution, VisualVocabularyResampler
+from v2flow.visual_vocabulary import VisualVocabulary
+
+
+@dataclass
+class SoftTokens:
+    """Soft visual tokens of a batch of pictures.
+
+    Attributes:
+        ids: `[B, N]` long, in [0, K).
+        embeddings: expected embeddings of the (centred) LLM table, `[B, N, D]`.
+        words: the k most probable vocabulary entries of each token, `[B, N, k]` long; see `tokenizer.words`.
+        probabilities: their probabilities, `[B, N, k]`, falling.
+        entropy: entropy of the whole distribution in nats, `[B, N]`.
+    """
+
+    ids: Tensor
+    embeddings: Tensor
+    words: Tensor
+    probabilities: Tensor
+    entropy: Tensor
+
+
+@dataclass
+class TokenizerLosses:
+    """Training losses and health figures of one batch; all scalars, `ids` is `[B, N]`."""
+
+    total: Tensor
+    mean: Tensor
+    flow: Tensor
+    commitment: Tensor
+    entropy: Tensor
+    agreement: Tensor
+    ids: Tensor
+
+
+class V2FlowTokenizer(nn.Module, PretrainedMixin):
+    """Pictures to ids of a visual vocabulary in an LLM's embedding space, and back.
+
+    Args:
+        config: sizes and options.
+        vocabulary: the LLM's vocabulary; loaded from `config.vocabulary` when left out.
+
+    Attributes:
+        num_tokens: visual tokens a picture, N.
+        codebook_size: size of the visual vocabulary, K.
+    """
+
+    def __init__(self, config: TokenizerConfig, vocabulary: LLMVocabulary | None = None) -> None:
+        super().__init__()
+        self.config = config
+        vocabulary = vocabulary if vocabulary is not None else load_vocabulary(config.vocabulary)
+        mean = vocabulary.table.mean(0) if config.vocabulary.center else vocabulary.table.new_zeros(())
+        table = vocabulary.table - mean
+        self.codec = build_codec(config.codec, weights=not table.is_meta)
+        channels, height, width = self.codec.latent_shape(config.image_size, config.image_size)
+        self.latent_grid = (height, width)
+        rows, columns = config.resampler.token_grid
+        if rows > height or columns > width:
+            raise V2FlowError(
+                f"option resampler.token_grid: {rows}x{columns} tokens need at least as many latent positions, "
+                f"found {height}x{width}; use a smaller grid, a smaller patch or a larger image_size"
+            )
+        self.num_tokens = rows * columns
+        self.codebook_size = config.visual_vocabulary.size
+        self.resampler = VisualVocabularyResampler(channels, config.resampler, table)
+        self.visual_vocabulary = VisualVocabulary(table.shape[1], config.visual_vocabulary)
+        self.decoder = MaskedAutoregressiveDecoder(
+            table.shape[1], (rows, columns), channels, self.latent_grid, config.decoder
+        )
+        self.head = FlowHead(channels, config.decoder.width, self.latent_grid, config.velocity)
+
+        self._vocabulary = vocabulary  # raw rows, for export; shared with every copy of this module
+
+    @property
+    def words(self) -> list[str]:
+        """Strings of the LLM vocabulary entries, V of them."""
+        return self._vocabulary.words
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """Name of the frozen embedding rows that the weights belong to."""
+        return self._vocabulary.sha256
+
+    def raw_table(self) -> Tensor:
+        """The LLM's own embedding rows `[V, D]`, not centred."""
+        return self._vocabulary.table
+
+    def losses(
+        self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
+    ) -> TokenizerLosses:
+        """Training losses of pictures `[B, 3, H, W]` in [0, 1].
+
+        Args:
+            progress: share of the training done, for the schedules of noise and temperature.
+            generator: source of every random draw.
+        """
+        with torch.no_grad():
+            latents = self.codec.encode(self._checked(images))
+        soft = self.resampler(latents, progress, generator)
+        quantized = self.visual_vocabulary(soft.embeddings, generator)
+        positions = latents.flatten(2).transpose(1, 2)
+        batch, device = len(images), images.device
+        mask = draw_mask(batch, positions.shape[1], self.config.decoder, generator, device)
+        null = torch.rand(batch, generator=generator, device=device) < self.config.decoder.null_probability
+        condition = self.decoder(quantized.embeddings, positions, mask, null)
+        flow = self.head.loss(positions, condition, mask, generator)
+        total = flow.total + self.config.visual_vocabulary.commitment * quantized.commitment
+        with torch.no_grad():
+            # Health figures from the first pictures only: over the whole batch they would cost as much as the look-up.
+            entropy = SoftDistribution(soft.probabilities[:4], soft.embeddings[:4]).entropy().mean()
+            agreement = self._agreement(soft.probabilities[:4], quantized.ids[:4])
+        return TokenizerLosses(total, flow.mean, flow.flow, quantized.commitment, entropy, agreement, quantized.ids)
+
+    def _agreement(self, probabilities: Tensor, ids: Tensor) -> Tensor:
+        """Share of tokens whose most probable word alone gives the same id as the soft mixture."""
+        table = nn.functional.normalize(self.resampler.table[probabilities.argmax(-1)], dim=-1)
+        return (self.visual_vocabulary.nearest(table) == ids).float().mean()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, return_soft: bool = False, top_words: int = 5) -> Any:
+        """Ids `[B, N]` long of pictures `[B, 3, H, W]` in [0, 1]; with `return_soft` a `SoftTokens`.
+
+        The resampler runs in double precision without noise, in whatever mode the module is: rounding that depends
+        on batch size or threads is then far below any gap between codes, and the ids do not depend on it.
+
+        Raises:
+            V2FlowError: pictures of another shape than the tokenizer was made for.
+        """
+        with _inference(self), torch.autocast(images.device.type, enabled=False):
+            latents = self.codec.encode(self._checked(images).float())
+            state = {k: v.double() for k, v in _state(self.resampler).items()}
+            soft = functional_call(self.resampler, state, (latents.double(),))
+            directions = nn.functional.normalize(soft.embeddings, dim=-1)
+            ids = (directions @ self.visual_vocabulary.codes.double().T).argmax(-1)
+        if not return_soft:
+            return ids
+        probabilities, words = soft.probabilities.topk(min(top_words, soft.probabilities.shape[-1]), dim=-1)
+        return SoftTokens(ids, soft.embeddings.float(), words, probabilities.float(), soft.entropy().float())
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+        """Pictures `[B, 3, H, W]` in [0, 1] of ids `[B, N]`.
+
+        Args:
+            generator: source of the noise and of the order of positions; seed it to repeat a picture.
+            options: the fields of `DecodeOptions` (steps, iterations, guidance, solver, …).
+
+        Raises:
+            V2FlowError: ids of another shape or outside [0, K), or an unknown option.
+        """
+        settings = decode_options(options)
+        self._check_ids(ids)
+        device = self.visual_vocabulary.codes.device
+        with _inference(self), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            tokens = self.visual_vocabulary.lookup(ids.to(device))
+            height, width = self.latent_grid
+            channels = self.head.residual_std.shape[0]
+            latents = draw_latents(
+                self.decoder, self.head, tokens, height * width, channels, settings, generator
+            )
+            latents = latents.transpose(1, 2).unflatten(2, (height, width))
+            return self.codec.decode(latents).float().clamp(0, 1)
+
+    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+        """`decode(encode(images))`."""
+        return self.decode(self.encode(images), generator, **options)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        size = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise V2FlowError(
+                f"images: expected shape [B, 3, {size}, {size}], found {list(images.shape)}; resize or crop first"
+            )
+        return images
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.ndim != 2 or ids.shape[1] != self.num_tokens or ids.is_floating_point():
+            raise V2FlowError(
+                f"ids: expected integers of shape [B, {self.num_tokens}], found {ids.dtype} {list(ids.shape)}"
+            )
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.codebook_size):
+            raise V2FlowError(
+                f"ids: expected values from 0 to {self.codebook_size - 1}, found {int(ids.min())} to {int(ids.max())}"
+            )
+
+
+def decode_options(options: dict[str, Any]) -> DecodeOptions:
+    """`DecodeOptions` from keyword arguments.
+
+    Raises:
+        V2FlowError: an unknown name or a value out of range.
+    """
+    known = [f.name for f in fields(DecodeOptions)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise V2FlowError(f"decode option {unknown[0]!r}: unknown; expected one of {', '.join(known)}")
+    return DecodeOptions(**options)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+@contextmanager
+def _inference(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no TF32 inside; every submodule's own mode is put back afterwards."""
+    modes = {name: part.training for name, part in module.named_modules()}
+    precision = torch.get_float32_matmul_precision()
+    try:
+        module.eval()
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for name, part in module.named_modules():
+            part.training = modes[name]

@@ -1,0 +1,94 @@
+"""Loading a trained model from a Lightning checkpoint or an exported folder."""
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from v2flow.config import TokenizerConfig, from_dict
+from v2flow.errors import V2FlowError
+from v2flow.hub import check_vocabulary, load_weights
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a Lightning checkpoint made by v2flow; plain types and tensors only.
+
+    Raises:
+        V2FlowError: missing, damaged, holding other objects than tensors and plain types, or somebody else's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise V2FlowError(f"{path}: no such checkpoint; expected a .ckpt file or an exported folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise V2FlowError(f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?") from error
+    if not isinstance(checkpoint, dict) or "v2flow" not in checkpoint:
+        raise V2FlowError(f"{path}: not a v2flow checkpoint (no entry 'v2flow'); expected one made by `v2flow fit`")
+    return checkpoint
+
+
+def model_weights(checkpoint: dict[str, Any], weights: Literal["ema", "raw"]) -> dict[str, torch.Tensor]:
+    """The model's tensors: averaged ones are the checkpoint's `state_dict`, raw ones are kept beside them.
+
+    Without weight averaging in the training both are the same.
+    """
+    state = checkpoint["state_dict"]
+    if weights == "raw":
+        state = checkpoint.get("current_model_state", state)
+    return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+
+
+def build_model(info: dict[str, Any], where: str) -> nn.Module:
+    """The model that a checkpoint's description names, with fresh weights."""
+    if info["model"] == "V2FlowTokenizer":
+        from v2flow.tokenizer import V2FlowTokenizer
+
+        model = V2FlowTokenizer(from_dict(TokenizerConfig, info["config"], where))
+        check_vocabulary(model.vocabulary_sha256, info.get("vocabulary_sha256"), where)
+        return model
+    if info["model"] == "VQAutoencoder":
+        from v2flow.baselines.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+
+        return VQAutoencoder(from_dict(VQAutoencoderConfig, info["config"], where))
+    raise V2FlowError(f"{where}: unknown model {info['model']!r}; expected V2FlowTokenizer or VQAutoencoder")
+
+
+def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[nn.Module, dict[str, Any]]:
+    """A trained model in evaluation mode and what is known of it.
+
+    Args:
+        path: a .ckpt file, or a folder made by `v2flow export` (which holds one set of weights).
+        weights: averaged or raw weights of a .ckpt file.
+
+    Returns:
+        The model and {"model", "config", "decode_modes", "step"}.
+    """
+    if Path(path).is_dir():
+        from v2flow.hub import load_folder
+        from v2flow.tokenizer import V2FlowTokenizer
+
+        model = load_folder(V2FlowTokenizer, Path(path))
+        return model, {"model": "V2FlowTokenizer", "config": None, "decode_modes": None, "step": None}
+    checkpoint = read_checkpoint(path)
+    info = dict(checkpoint["v2flow"])
+    built = build_model(info, str(path))
+    load_weights(built, model_weights(checkpoint, weights), str(path))
+    return built.eval(), info | {"step": checkpoint.get("global_step")}
+
+
+def initialise_from(model: nn.Module, path: str | Path) -> None:
+    """Copy the averaged weights of a checkpoint or exported folder into `model` (`--init-from`)."""
+    if Path(path).is_dir():
+        from safetensors.torch import load_file
+
+        from v2flow.hub import WEIGHTS
+
+        if not (Path(path) / WEIGHTS).is_file():
+            raise V2FlowError(f"{Path(path) / WEIGHTS}: not found; expected a folder made by `v2flow export`")
+        load_weights(model, load_file(Path(path) / WEIGHTS), str(path))
+        return
+    load_weights(model, model_weights(read_checkpoint(path), "ema"), str(path))

@@ -1,0 +1,265 @@
+"""Lightning callback that scores reconstructions at every validation and once more, with everything, at the end."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from v2flow.errors import V2FlowError
+from v2flow.evaluate import describe_shards, evaluation_loader, make_report, run_evaluator, select_modes
+from v2flow.images import save_grid
+from v2flow.metrics.evaluator import ReconstructionEvaluator
+from v2flow.metrics.features import FeatureNetworks, load_networks
+from v2flow.metrics.files import write_json
+from v2flow.metrics.floors import data_floors
+
+
+@dataclass(frozen=True)
+class FinalResult:
+    """What the end of the fit found, until the files are written.
+
+    Attributes:
+        figures: `ema` or `raw` -> what `evaluate_model` gives.
+        floors: rows that cost nothing, if asked for.
+        grid: row name -> uint8 [n, 3, H, W]; empty for no grid.
+        directory: where the files go.
+    """
+
+    figures: dict[str, dict[str, Any]]
+    floors: Optional[dict[str, dict[str, float]]]
+    grid: dict[str, torch.Tensor]
+    directory: Path
+
+
+class ReconstructionCallback(Callback):
+    """Logs reconstruction figures and grids; at the end of the fit writes metrics.json and grid.png.
+
+    At every validation, over all ranks: `val/MODE/psnr`, `psnr_pooled`, `ssim` of each mode,
+    `val/codebook_usage`, `val/codebook_perplexity`, with `features` also the feature distances (KID with its
+    standard error), and `val/psnr`, the psnr of the first mode, for ModelCheckpoint to monitor. A grid,
+    originals in the first row and each mode beneath, goes to TensorBoard and to LOGDIR/grids/step-XXXXXX.png.
+
+    When training ends, the validation set (as far as `limit_val_batches` lets it) is scored in all modes of
+    the module, by the code of `v2flow evaluate`, with the averaged weights if a weight-averaging callback is
+    there and with the raw ones otherwise. Sanity checking is skipped; fast_dev_run validates but leaves no
+    files.
+
+    Args:
+        modes: which of the module's `decode_modes` to score at each validation; None for all.
+        features: feature distances at each validation.
+        final_features: feature distances at the end.
+        floors: at the end, also the rows of the mean training picture and the nearest training picture (one
+            process and a data module with shards only).
+        grid_images: pictures in a grid; 0 for no grids.
+        seed: seed of the decoding noise.
+    """
+
+    def __init__(
+        self,
+        modes: Optional[list[str]] = None,
+        features: bool = False,
+        final_features: bool = True,
+        floors: bool = False,
+        grid_images: int = 32,
+        seed: int = 0,
+    ) -> None:
+        if grid_images < 0:
+            raise V2FlowError(f"option grid_images: expected 0 or more, found {grid_images}")
+        self.modes = modes
+        self.features = features
+        self.final_features = final_features
+        self.floors = floors
+        self.grid_images = grid_images
+        self.seed = seed
+        self._evaluator: Optional[ReconstructionEvaluator] = None
+        self._networks: Optional[FeatureNetworks] = None
+        self._result: Optional[FinalResult] = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuses unknown modes, and floors where they cannot be had, before any work is done."""
+        self._result = None
+        select_modes(self.modes, pl_module.decode_modes)
+        shards = getattr(getattr(trainer, "datamodule", None), "train", None)
+        if self.floors and stage == "fit" and (trainer.world_size > 1 or not shards):
+            raise V2FlowError(
+                "option floors: expected one process and a data module with training shards, found "
+                f"{trainer.world_size} processes and {shards or 'no shards'}; set floors to false"
+            )
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts from nothing."""
+        self._evaluator = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Scores one batch while averaged weights, if any, are swapped in."""
+        if trainer.sanity_checking:
+            return
+        if self._evaluator is None:
+            if self.features and self._networks is None:
+                height, width = batch["image"].shape[2:]
+                self._networks = load_networks(height, width, pl_module.device)
+            self._evaluator = ReconstructionEvaluator(
+                pl_module.model,
+                select_modes(self.modes, pl_module.decode_modes),
+                device=pl_module.device,
+                seed=self.seed,
+                networks=self._networks,
+                grid_images=self.grid_images,
+            )
+        self._evaluator.update(batch, batch_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Logs the figures. The model is not run, so averaged weights may be swapped out before or after."""
+        if self._evaluator is None:
+            return
+        result = self._evaluator.compute()
+        figures = {
+            f"{mode}/{name}": value for mode, row in result["modes"].items() for name, value in row.items()
+        }
+        figures["psnr"] = next(iter(result["modes"].values()))["psnr"]
+        figures["codebook_usage"] = result["codebook"]["usage"]
+        figures["codebook_perplexity"] = result["codebook"]["perplexity"]
+        for name, value in figures.items():
+            # Equal on every rank: the synchronising mean changes nothing.
+            pl_module.log(f"val/{name}", value, prog_bar=name == "psnr", sync_dist=True, batch_size=1)
+        directory = log_directory(trainer)
+        if self.grid_images > 0 and trainer.is_global_zero and not _dry_run(trainer):
+            path = directory / "grids" / f"step-{trainer.global_step:06d}.png"
+            grid = self._evaluator.grid()
+            save_grid([row.float() / 255.0 for row in grid.values()], path)
+            _log_grid(trainer, grid)
+        self._evaluator = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Scores everything while the model is still on its device."""
+        loader = _validation_loader(trainer)
+        limit = _validation_batches(trainer)
+        if _dry_run(trainer) or loader is None or limit == 0:
+            return
+        with averaged_weights(trainer, pl_module) as weights:
+            evaluator = run_evaluator(
+                pl_module.model,
+                loader,
+                pl_module.decode_modes,
+                seed=self.seed,
+                features=self.final_features,
+                grid_images=self.grid_images,
+                max_batches=limit,
+                device=pl_module.device,
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
+            figures = evaluator.compute()
+        figures["protocol"] = _describe_data(trainer) | figures["protocol"]
+        floors = self._score_floors(trainer, islice(loader, limit), pl_module.device) if self.floors else None
+        self._result = FinalResult({weights: figures}, floors, evaluator.grid(), log_directory(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Writes metrics.json and grid.png and says where everything lies: now the last checkpoint has its name."""
+        if self._result is None or not trainer.is_global_zero:
+            return
+        places = _checkpoints(trainer)
+        checkpoint = places.get("last checkpoint") or places.get("best checkpoint") or ""
+        report = make_report(
+            checkpoint,
+            type(pl_module.model).__name__,
+            trainer.global_step,
+            self._result.figures,
+            self._result.floors,
+        )
+        places["metrics"] = str(self._result.directory / "metrics.json")
+        write_json(places["metrics"], report)
+        if self._result.grid:
+            places["grid"] = str(self._result.directory / "grid.png")
+            save_grid([row.float() / 255.0 for row in self._result.grid.values()], places["grid"])
+        print("v2flow: " + ", ".join(f"{name} {path}" for name, path in places.items()))
+
+    def _score_floors(
+        self, trainer: Trainer, loader: Iterable[Mapping[str, Any]], device: torch.device
+    ) -> dict[str, dict[str, float]]:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        train = evaluation_loader(datamodule.train, datamodule.image_size, datamodule.batch_size)
+        return data_floors(train, loader, features=self.final_features, device=device)
+
+
+@contextmanager
+def averaged_weights(trainer: Trainer, pl_module: Any) -> Iterator[str]:
+    """Puts averaged weights into the module if a weight-averaging callback has them; yields `ema` or `raw`.
+
+    Uses the callback's own validation hooks, so it holds whether or not the callback has already copied its
+    average at the end of the training.
+    """
+    averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    for callback in averaging:
+        callback.on_validation_epoch_start(trainer, pl_module)
+    try:
+        yield "ema" if averaging else "raw"
+    finally:
+        for callback in averaging:
+            callback.on_validation_epoch_end(trainer, pl_module)
+
+
+def log_directory(trainer: Trainer) -> Path:
+    """The logger's folder, else the trainer's root; every rank must call it (it is broadcast)."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+@rank_zero_only
+def _log_grid(trainer: Trainer, grid: dict[str, torch.Tensor]) -> None:
+    """All rows of the grid as one picture [3, rows·H, n·W] in TensorBoard."""
+    rows = [torch.cat(list(row), dim=2) for row in grid.values()]
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image("val/grid", torch.cat(rows, dim=1), trainer.global_step)
+
+
+def _validation_loader(trainer: Trainer) -> Optional[Iterable[Mapping[str, Any]]]:
+    """The loader that the trainer validates on, or None if there is no single one."""
+    loader = trainer.val_dataloaders
+    if isinstance(loader, (list, tuple)):
+        loader = loader[0] if len(loader) == 1 else None
+    return loader
+
+
+def _validation_batches(trainer: Trainer) -> Optional[int]:
+    """Batches that `limit_val_batches` lets through; None for all."""
+    batches = trainer.num_val_batches
+    count = sum(batches) if isinstance(batches, list) else batches
+    return None if count == float("inf") else int(count)
+
+
+def _dry_run(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _describe_data(trainer: Trainer) -> dict[str, Any]:
+    shards = getattr(getattr(trainer, "datamodule", None), "val", None)
+    return (describe_shards(shards) if shards else {}) | {
+        "split": "val",
+        "limit_val_batches": trainer.limit_val_batches,
+    }
+
+
+def _checkpoints(trainer: Trainer) -> dict[str, str]:
+    """The best and the last checkpoint, as far as they were written."""
+    callback = trainer.checkpoint_callback
+    paths = {
+        "best": getattr(callback, "best_model_path", ""),
+        "last": getattr(callback, "last_model_path", ""),
+    }
+    return {f"{name} checkpoint": path for name, path in paths.items() if path}

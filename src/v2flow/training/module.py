@@ -1,0 +1,83 @@
+"""What every tokenizer's LightningModule shares: optimiser, clock, random draws, what a checkpoint says of itself."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from v2flow.errors import V2FlowError
+from v2flow.training.optimizer import OptimizerConfig, configure_adamw
+
+_MASK = (1 << 63) - 1
+
+
+def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
+    """A generator that depends on `key` alone, such as (seed, step, rank, purpose)."""
+    state = 0x9E3779B97F4A7C15
+    for part in key:
+        # splitmix64, so that neighbouring keys give unrelated streams.
+        state = (state + (part & _MASK) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
+        state ^= state >> 31
+    return torch.Generator(device).manual_seed(state & _MASK)
+
+
+class ReconstructionModule(LightningModule):
+    """Base of the modules that train something with `encode` and `decode`.
+
+    Attributes:
+        model: the tokenizer itself; has `encode(images)`, `decode(ids, …)`, `codebook_size`, `num_tokens`.
+        decode_modes: name of a way to decode -> keyword arguments of `model.decode`.
+    """
+
+    model: nn.Module
+    decode_modes: dict[str, dict[str, Any]]
+
+    def __init__(self, optimizer: OptimizerConfig, seed: int) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer
+        self.seed = seed
+
+    @property
+    def progress(self) -> float:
+        """Share of the training's steps done, in [0, 1]."""
+        return min(self.global_step / self.optimizer_config.total_steps, 1.0)
+
+    def step_generator(self, batch_idx: int) -> torch.Generator:
+        """Source of this step's draws, keyed by (seed, step, batch, rank): nothing to save for a resume."""
+        return seeded_generator(self.device, self.seed, self.global_step, batch_idx, self.global_rank)
+
+    def log_losses(self, terms: dict[str, Tensor], stage: str, batch_size: int) -> None:
+        """Log scalar terms as `stage/name`; the total goes to the progress bar."""
+        for name, value in terms.items():
+            self.log(f"{stage}/{name}", value.detach(), batch_size=batch_size, prog_bar=name == "loss",
+                     sync_dist=stage != "train")  # fmt: skip
+
+    def configure_optimizers(self) -> Any:
+        return configure_adamw(self.model, self.optimizer_config)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that rebuild the model from a checkpoint."""
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["v2flow"] = self.describe() | {"decode_modes": self.decode_modes}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved, own = checkpoint.get("v2flow"), self.describe()
+        if saved is None:
+            raise V2FlowError("checkpoint: not one of v2flow's (no entry 'v2flow'); expected a file made by `v2flow fit`")
+        for key, value in own.items():
+            if saved.get(key) != value:
+                raise V2FlowError(f"checkpoint: {_difference(key, saved.get(key), value)}; resume with the same experiment")
+
+
+def _difference(key: str, saved: Any, own: Any) -> str:
+    """Name the first option that differs."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        for name in own:
+            if saved.get(name) != own[name]:
+                return _difference(f"{key}.{name}", saved.get(name), own[name])
+    return f"{key} is {saved!r} in the checkpoint and {own!r} in this experiment"

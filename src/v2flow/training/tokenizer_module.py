@@ -1,0 +1,66 @@
+"""Training of the V2Flow tokenizer under Lightning."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from v2flow.config import TokenizerConfig, to_dict
+from v2flow.tokenizer import V2FlowTokenizer, decode_options
+from v2flow.training.module import ReconstructionModule, seeded_generator
+from v2flow.training.optimizer import OptimizerConfig
+
+
+class TokenizerModule(ReconstructionModule):
+    """Trains codec latents -> soft tokens -> visual ids -> latents end to end.
+
+    Args:
+        tokenizer: what the tokenizer is made of.
+        optimizer: AdamW and its schedule.
+        decode_modes: ways to decode that the metrics compare; default: one step, and ten Euler steps.
+        seed: seed of every random draw of the training.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        decode_modes: Optional[dict[str, dict[str, Any]]] = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        self.decode_modes = decode_modes or {
+            "one_step": {"steps": 1, "temperature": 0.0},
+            "sampled": {"steps": 10},
+        }
+        for options in self.decode_modes.values():
+            decode_options(options)
+        # The first weights depend on the seed alone, whatever was drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = V2FlowTokenizer(tokenizer)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses = self.model.losses(batch["image"], self.progress, self.step_generator(batch_idx))
+        terms = {
+            "loss": losses.total, "mean": losses.mean, "flow": losses.flow, "commitment": losses.commitment,
+            "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
+        }  # fmt: skip
+        self.log_losses(terms, "train", len(batch["image"]))
+        return losses.total
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
+        losses = self.model.losses(batch["image"], 1.0, generator)
+        terms = {
+            "loss": losses.total, "mean": losses.mean, "flow": losses.flow,
+            "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
+        }  # fmt: skip
+        self.log_losses(terms, "val", len(batch["image"]))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": "V2FlowTokenizer",
+            "config": to_dict(self.model.config),
+            "vocabulary_sha256": self.model.vocabulary_sha256,
+        }

@@ -1,0 +1,70 @@
+"""Shared fixtures, and conditions stricter than a user's: deterministic algorithms, no network."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+from v2flow.config import VocabularyConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def strict_torch() -> None:
+    """The same numbers in every run, and no more threads than the smallest machine has cores."""
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test starts from the same global random state, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """A connection to anything but this machine is an error."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        internet = self.family in (socket.AF_INET, socket.AF_INET6)
+        if internet and not str(address[0]).startswith(LOOPBACK):
+            raise RuntimeError(f"tests must not use the network, but one connects to {address[0]}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the shared photographs (see its README), or the test is skipped."""
+    folder = Path(os.environ.get("V2FLOW_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not (folder / "cifar10").is_dir():
+        pytest.skip(
+            f"no photographs in {folder}; set V2FLOW_DATA to a folder that holds cifar10/ and imagenet-sample/"
+        )
+    return folder
+
+
+@pytest.fixture
+def tiny_vocabulary() -> VocabularyConfig:
+    """64 random rows of width 16: as quick as a vocabulary can be."""
+    return VocabularyConfig(source="random", size=64, dim=16)

@@ -1,0 +1,265 @@
+"""`v2flow fit` on a handful of pictures: what it leaves, resuming, starting from weights, and bad experiment files."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from v2flow.cli import main
+from v2flow.cli_training import condense
+
+PICTURES = 24
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Shards `train` and `val` of 16 px pictures without captions."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("shards")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", PICTURES), ("val", 6)):
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as archive:
+            for index in range(count):
+                pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
+                data = io.BytesIO()
+                Image.fromarray(pixels.numpy()).save(data, "PNG")
+                member = tarfile.TarInfo(f"{split}{index:03d}.png")
+                member.size = data.tell()
+                data.seek(0)
+                archive.addfile(member, data)
+    return {split: str(folder / f"{split}-000000.tar") for split in ("train", "val")}
+
+
+def experiment(shards: dict[str, str], folder: Path, **trainer: Any) -> dict[str, Any]:
+    """A small experiment that validates every two steps, with the callbacks of the shipped ones."""
+    training = "v2flow.training"
+    return {
+        "seed_everything": 1,
+        "model": {
+            "class_path": f"{training}.tokenizer_module.TokenizerModule",
+            "init_args": {
+                "seed": "${...seed_everything}",
+                "tokenizer": {
+                    "image_size": 16,
+                    "vocabulary": {"source": "random", "size": 64, "dim": 16},
+                    "resampler": {"width": 8, "depth": 1, "token_grid": [4, 4], "key_dim": 8},
+                    "visual_vocabulary": {"size": 32},
+                    "decoder": {"width": 16, "heads": 2, "encoder_depth": 1, "decoder_depth": 1},
+                    "velocity": {"width": 16, "heads": 2, "depth": 1},
+                },
+                "optimizer": {"total_steps": 4, "warmup_steps": 1},
+            },
+        },
+        "data": {
+            **shards,
+            "batch_size": 4,
+            "eval_batch_size": 4,
+            "num_workers": 0,
+            "seed": "${..seed_everything}",
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": "${..model.init_args.optimizer.total_steps}",
+            "max_epochs": -1,
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(folder), "name": "run"},
+            },
+            "callbacks": [
+                {"class_path": f"{training}.ema.EMACallback", "init_args": {"decay": 0.9}},
+                {
+                    "class_path": f"{training}.metric_callbacks.ReconstructionCallback",
+                    "init_args": {"grid_images": 2, "final_features": False},
+                },
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {
+                        "monitor": "val/psnr",
+                        "mode": "max",
+                        "filename": "best-{step}",
+                        "save_last": True,
+                    },
+                },
+                {"class_path": f"{training}.progress.RunProgressBar"},
+            ],
+            **trainer,
+        },
+    }
+
+
+def write(config: dict[str, Any], path: Path) -> str:
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> dict[str, Any]:
+    """What `v2flow fit … --print_config` prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *arguments, "--print_config"])
+    assert exit_.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("v2flow: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["fit", "--config", write(experiment(shards, folder), folder / "experiment.yaml")]) == 0
+    return folder / "run" / "version_0"
+
+
+def test_fit_leaves_config_checkpoints_figures_and_grid(trained: Path) -> None:
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 4 and config["model"]["init_args"]["seed"] == 1
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    assert list((trained / "checkpoints").glob("best-*.ckpt"))
+    report = json.loads((trained / "metrics.json").read_text())
+    assert report["step"] == 4 and report["weights"]["ema"]["images"] == 6
+    assert (trained / "grid.png").is_file() and list((trained / "grids").glob("*.png"))
+
+
+def test_the_last_line_says_where_everything_lies(
+    shards: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", write(experiment(shards, tmp_path), tmp_path / "e.yaml")]) == 0
+    captured = capfd.readouterr()
+    last = captured.out.strip().splitlines()[-1]
+    for name in ("last.ckpt", "metrics.json", "grid.png"):
+        (path,) = re.findall(rf"\S+{name}", last)
+        assert Path(path).is_file()
+    assert "Warning" not in captured.err and "Tip" not in captured.err
+    assert re.search(r"train: 100%.* 4/4 ", captured.err)
+
+
+def test_resume_continues_and_init_from_starts_anew(
+    shards: dict[str, str], tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
+    assert main(["fit", "--config", half, "--trainer.max_steps=2"]) == 0
+    checkpoint = str(tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt")
+    assert main(["fit", "--config", half, "--ckpt_path", checkpoint]) == 0
+    whole = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    resumed = torch.load(tmp_path / "run" / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == whole["global_step"] == 4
+    for name, tensor in whole["current_model_state"].items():
+        assert torch.equal(resumed["current_model_state"][name], tensor), name
+
+    started = [*("fit", "--config", half), "--init-from", str(trained / "checkpoints" / "last.ckpt")]
+    assert main([*started, "--trainer.max_steps=2", "--model.init_args.optimizer.lr=1e-12"]) == 0
+    fresh = torch.load(tmp_path / "run" / "version_2" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert fresh["global_step"] == 2
+    weight = "model.decoder.encoder"
+    names = [name for name in whole["state_dict"] if name.startswith(weight) and name.endswith("weight")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(
+            fresh["current_model_state"][name], whole["state_dict"][name], atol=1e-6, rtol=0
+        )
+    assert "--init-from and --ckpt_path" in error_line(capsys, [*started, "--ckpt_path", checkpoint])
+
+
+def test_fast_dev_run_leaves_nothing(shards: dict[str, str], tmp_path: Path) -> None:
+    config = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
+    assert main(["fit", "--config", config, "--trainer.fast_dev_run=true"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["e.yaml"]
+
+
+def test_overrides_reach_every_interpolated_value(
+    shards: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
+    words = ["--config", config, "--seed_everything=5", "--model.init_args.optimizer.total_steps=9"]
+    printed = printed_config(capsys, words)
+    assert printed["trainer"]["max_steps"] == 9
+    assert printed["model"]["init_args"]["seed"] == printed["data"]["seed"] == 5
+
+
+def test_the_data_take_the_size_of_the_model(
+    shards: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
+    words = ["--model.init_args.tokenizer.image_size=32", "--trainer.fast_dev_run=1"]
+    assert main(["fit", "--config", config, *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--bogus=3"], "unknown option --bogus=3"),
+        (["--trainer.max_stepz=3"], "--trainer.max_stepz"),
+        (["--trainer.max_steps=many"], "trainer.max_steps"),
+        (["--model.init_args.tokenizer.resampler.widht=3"], "resampler.widht"),
+        (["--model.init_args.tokenizer.resampler.width=wide"], "resampler.width"),
+        (
+            ["--model.init_args.tokenizer.visual_vocabulary.size=1"],
+            "visual_vocabulary.size: expected at least 2",
+        ),
+        (["--model.class_path=v2flow.Nothing"], "v2flow.Nothing"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--init-from=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--data.train=nowhere/train-000000.tar"], "nowhere/train-000000.tar"),
+    ],
+)
+def test_bad_options_are_one_line(
+    words: list[str],
+    expected: str,
+    shards: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
+    message = error_line(capsys, ["fit", "--config", config, *words])
+    assert expected in message and len(message) < 300
+
+
+def test_typos_in_an_experiment_file(
+    shards: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def message(change: Any) -> str:
+        config = experiment(shards, tmp_path)
+        change(config)
+        return error_line(capsys, ["fit", "--config", write(config, tmp_path / "e.yaml")])
+
+    assert "tokenizer.resampler.witdh" in message(
+        lambda c: c["model"]["init_args"]["tokenizer"]["resampler"].update(witdh=3)
+    )
+    assert "trainner" in message(lambda c: c.update(trainner={}))
+    assert "batchsize" in message(lambda c: c["data"].update(batchsize=3))
+    assert "model.optimizer.steps" in message(
+        lambda c: c["trainer"].update(max_steps="${..model.optimizer.steps}")
+    )
+
+
+def test_condense_keeps_option_and_reason() -> None:
+    message = (
+        'Parser key "model":\n  Does not validate against any of the Union subtypes\n  Subtypes: [A, B]\n'
+        "  Errors:\n    - Problem with given class_path 'X':\n        Group 'tokenizer' does not accept option 'a.b'\n"
+        "    - Expected a <class 'NoneType'>\n  Given value type: <class 'dict'>\n  Given value: {'much': 'more'}"
+    )
+    assert (
+        condense(message)
+        == "Parser key \"model\": Problem with given class_path 'X': unknown option 'tokenizer.a.b'"
+    )
