@@ -10,8 +10,8 @@ PY := $(VENV)/bin/python
 V2FLOW := $(PY) -m v2flow
 NAME := $(basename $(notdir $(EXPERIMENT)))
 
-# The default pictures are built only for an experiment that reads them.
-OPENMOJI := data/openmoji/.complete
+# The default pictures are built only for an experiment that reads them; their manifest is written last.
+OPENMOJI := data/openmoji/manifest.json
 DATA := $(shell grep -qs data/openmoji "$(EXPERIMENT)" && echo $(OPENMOJI))
 
 # What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
@@ -78,7 +78,6 @@ experiment-exists:
 
 $(OPENMOJI): | $(VENV)/.installed-cli
 	$(V2FLOW) data openmoji --out data/openmoji
-	@touch $@
 
 # One stamp for each set of extras; a change of the dependencies installs again.
 EXTRAS_cli := cli

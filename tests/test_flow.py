@@ -65,7 +65,9 @@ class Field(nn.Module):
 # --- the loss ---------------------------------------------------------------------------------------------------
 
 
-def plain_error(head: FlowHead, x0: Tensor, c: Tensor, t: float, eps: Tensor, output: Tensor) -> tuple[float, float]:
+def plain_error(
+    head: FlowHead, x0: Tensor, c: Tensor, t: float, eps: Tensor, output: Tensor
+) -> tuple[float, float]:
     """Summed squared errors (mean, flow) of one position, from the equations in flow.py."""
     target, std = head.config.target, head.residual_std
     if target == "velocity":
@@ -99,7 +101,9 @@ def plain_loss(head: FlowHead, latents: Tensor, condition: Tensor, mask: Tensor,
                 x = data.clone()
                 for i in chosen:
                     x[i] = (1 - t[b, 0]) * data[i] + t[b, 0] * noise[b, i]
-                out = head.field(x[None], t[b].expand(1, POSITIONS), condition[b : b + 1], ~mask[b : b + 1])[0]
+                out = head.field(x[None], t[b].expand(1, POSITIONS), condition[b : b + 1], ~mask[b : b + 1])[
+                    0
+                ]
             for k, i in enumerate(chosen):
                 time, eps = (t[b, 0], noise[b, i]) if joint else (t[b, k], noise[b, k])
                 if joint:
@@ -107,7 +111,10 @@ def plain_loss(head: FlowHead, latents: Tensor, condition: Tensor, mask: Tensor,
                 else:
                     x = (1 - time) * data[i] + time * eps
                     output = head.field(
-                        x.view(1, 1, -1), time.view(1, 1), condition[b, i].view(1, 1, -1), torch.zeros(1, 1).bool()
+                        x.view(1, 1, -1),
+                        time.view(1, 1),
+                        condition[b, i].view(1, 1, -1),
+                        torch.zeros(1, 1).bool(),
                     )[0, 0]
                 mean, flow = plain_error(head, latents[b, i], condition[b, i], float(time), eps, output)
                 mean_sum, flow_sum = mean_sum + mean, flow_sum + flow
@@ -175,7 +182,9 @@ def test_joint_field_is_given_clean_visible_latents(batch) -> None:
 def test_the_flow_does_not_train_the_mean(batch) -> None:
     """The residual is taken to a detached mean, or the mean would be pulled to make the residual easy."""
     head = make_head(kind="per_position", target="residual")
-    (gradient,) = torch.autograd.grad(head.loss(*batch, generator()).flow, head.mean.weight, allow_unused=True)
+    (gradient,) = torch.autograd.grad(
+        head.loss(*batch, generator()).flow, head.mean.weight, allow_unused=True
+    )
     assert gradient is None
 
 
@@ -315,7 +324,9 @@ def draw(head: FlowHead, batch: int, seed: int = 0, decoder: nn.Module | None = 
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_samples_of_a_known_gaussian(solver: str, kind: str, target: str, iterations: int) -> None:
     steps = 200 if solver == "euler" else 40
-    x = draw(gaussian_head(kind, target), 500, steps=steps, solver=solver, iterations=iterations).flatten(0, 1)
+    x = draw(gaussian_head(kind, target), 500, steps=steps, solver=solver, iterations=iterations).flatten(
+        0, 1
+    )
     # 6,000 samples: standard errors are STD/77 of the mean and 0.9 % of the standard deviation.
     torch.testing.assert_close(x.mean(0), MEAN, rtol=0, atol=0.08)
     torch.testing.assert_close(x.std(0) / STD, torch.ones(CHANNELS), rtol=0, atol=0.05)
@@ -477,4 +488,3 @@ def test_learns_two_modes(kind: str, target: str) -> None:
     agree = (x[:, 0] * x[:, 1] > 0).float().mean()
     # Only a joint field can know that the two positions belong together.
     assert agree > 0.9 if kind == "joint" else agree < 0.7
-

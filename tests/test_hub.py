@@ -180,7 +180,8 @@ def test_a_frozen_codec_is_named_not_stored(tmp_path: Path) -> None:
     assert torch.equal(again.encode(pictures(2)), ids)
     assert model.decode(ids).shape == (2, 3, 16, 16)
     torch.testing.assert_close(
-        again.decode(ids, torch.Generator().manual_seed(0)), model.decode(ids, torch.Generator().manual_seed(0))
+        again.decode(ids, torch.Generator().manual_seed(0)),
+        model.decode(ids, torch.Generator().manual_seed(0)),
     )
 
 

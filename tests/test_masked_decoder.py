@@ -86,7 +86,9 @@ def test_null_replaces_the_tokens_of_its_pictures_only(prefix: str, batch) -> No
     decoder = make_decoder(prefix)
     null = torch.tensor([True, False])
     condition = decoder(tokens, latents, mask, null)
-    assert torch.equal(decoder(tokens.flip(1), latents, mask, null)[0], condition[0]), "null still reads the tokens"
+    assert torch.equal(decoder(tokens.flip(1), latents, mask, null)[0], condition[0]), (
+        "null still reads the tokens"
+    )
     torch.testing.assert_close(condition[1], decoder(tokens, latents, mask)[1])
     assert not torch.allclose(condition[0], decoder(tokens, latents, mask)[0], atol=1e-4)
 

@@ -12,6 +12,7 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models import alexnet
+from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 from v2flow.errors import V2FlowError
 from v2flow.metrics import extractors
@@ -20,8 +21,6 @@ from v2flow.metrics.extractors import FeatureNetwork, efficientnet, inception
 from v2flow.metrics.features import FeatureDistances, cached_features, load_networks, picture_digests
 from v2flow.metrics.reconstruction import to_uint8
 
-CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test-000000.tar"
-
 
 @pytest.fixture(scope="module")
 def network() -> FeatureNetwork:
@@ -29,12 +28,10 @@ def network() -> FeatureNetwork:
 
 
 @pytest.fixture(scope="module")
-def photographs() -> torch.Tensor:
+def photographs(shared_data: Path) -> torch.Tensor:
     """The first 48 CIFAR-10 test pictures, uint8 [48, 3, 32, 32]."""
-    if not CIFAR.is_file():
-        pytest.skip("CIFAR-10 shards not found")
     pictures = []
-    with tarfile.open(CIFAR) as tar:
+    with tarfile.open(shared_data / "cifar10" / "test-000000.tar") as tar:
         for member in tar:
             if member.name.endswith(".jpg") and len(pictures) < 48:
                 file = tar.extractfile(member)
@@ -104,6 +101,26 @@ def test_frechet_appears_at_2560_pictures(network: FeatureNetwork) -> None:
     figures, _, notes = distances.compute()
     assert figures["near"]["rfd-efficientnet-lite0"] == pytest.approx(0.1**2 * 1280, rel=1e-3)
     assert notes == {}
+
+
+def test_the_network_recognises_photographs(shared_data: Path) -> None:
+    """Its own classifier on top of the features names most pictures: preprocessing and weights fit together."""
+    pictures, labels = [], []
+    with tarfile.open(shared_data / "imagenet-sample" / "val-000000.tar") as tar:
+        members = {member.name: member for member in tar.getmembers()[:64]}
+        for name in members:
+            caption = tar.extractfile(members[name.replace(".jpg", ".txt")]).read().decode()  # type: ignore[union-attr]
+            word = caption.strip().removeprefix("a photo of ")
+            if name.endswith(".jpg") and _IMAGENET_CATEGORIES.count(word) == 1:
+                labels.append(_IMAGENET_CATEGORIES.index(word))
+                file = tar.extractfile(members[name])
+                assert file is not None
+                pictures.append(np.array(Image.open(file).convert("RGB")))
+    network = efficientnet(256)
+    features = network.features(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+    found = network.network.network._fc(features).argmax(1)  # type: ignore[union-attr, operator]
+    right = (found == torch.tensor(labels)).float().mean().item()
+    assert len(labels) >= 24 and right > 0.8
 
 
 def test_resolution_follows_the_size_of_the_pictures() -> None:

@@ -19,7 +19,9 @@ def make_resampler(token_grid=(2, 2), table: Tensor | None = None, **options) ->
     torch.manual_seed(0)
     if table is None:
         table = torch.randn(VOCABULARY, DIM, generator=torch.Generator().manual_seed(1))
-    config = ResamplerConfig(**{"width": 8, "depth": 1, "key_dim": 4, "token_grid": list(token_grid), **options})
+    config = ResamplerConfig(
+        **{"width": 8, "depth": 1, "key_dim": 4, "token_grid": list(token_grid), **options}
+    )
     return VisualVocabularyResampler(CHANNELS, config, table).eval()
 
 
@@ -113,7 +115,9 @@ def test_noise_falls_linearly_to_its_end(latents: Tensor) -> None:
 def test_temperature_schedule(latents: Tensor) -> None:
     resampler = make_resampler(temperature=[2.0, 0.5], schedule_end=0.8)
     end = centred_logs(resampler(latents, 1.0).probabilities)
-    torch.testing.assert_close(centred_logs(resampler(latents, 0.0).probabilities), end / 4, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        centred_logs(resampler(latents, 0.0).probabilities), end / 4, atol=1e-4, rtol=1e-4
+    )
     half = centred_logs(resampler(latents, 0.4).probabilities)  # temperature 1.25
     torch.testing.assert_close(half, end * 0.4, atol=1e-4, rtol=1e-4)
 
@@ -188,7 +192,9 @@ def test_softmax_is_fp32_under_autocast(readout: str, latents: Tensor) -> None:
     # Given the encoder's features, the read-out is the same as without autocast.
     with torch.autocast("cpu", torch.bfloat16):
         features = resampler.encoder(latents).float()
-    torch.testing.assert_close(soft.probabilities, resampler._logits(features).softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        soft.probabilities, resampler._logits(features).softmax(-1), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("token_grid", [(8, 8), (8, 4), (4, 4)])
@@ -211,7 +217,9 @@ def test_neighbours_are_seen_through_convolutions() -> None:
     latents = torch.randn(1, CHANNELS, 8, 8, generator=generator(10))
     other = latents.clone()
     other[0, :, 4, 4] += torch.arange(CHANNELS)
-    changed = (resampler(other).probabilities - resampler(latents).probabilities)[0].abs().amax(-1).view(8, 8) > 1e-7
+    changed = (resampler(other).probabilities - resampler(latents).probabilities)[0].abs().amax(-1).view(
+        8, 8
+    ) > 1e-7
     # One block before and one after the pooling: two 3×3 convolutions reach two positions far.
     assert changed[2:7, 2:7].all() and changed.sum() == 25
 

@@ -40,7 +40,9 @@ def measured_order(solver: str, start: torch.Tensor, first: float, last: float) 
     solution, steps, errors = exact(start, first, last), (40, 80, 160), []
     for n in steps:
         times = [first + (last - first) * i / n for i in range(n + 1)]
-        errors.append(float((solve(gaussian_mixture_velocity, start, times, solver) - solution).square().mean().sqrt()))
+        errors.append(
+            float((solve(gaussian_mixture_velocity, start, times, solver) - solution).square().mean().sqrt())
+        )
     return math.log2(errors[0] / errors[-1]) / math.log2(steps[-1] / steps[0])
 
 
@@ -156,7 +158,9 @@ def test_timesteps_by_hand() -> None:
 
 def test_bad_options() -> None:
     velocity = gaussian_mixture_velocity
-    with pytest.raises(V2FlowError, match="option solver: expected one of euler, heun, multistep, found 'rk4'"):
+    with pytest.raises(
+        V2FlowError, match="option solver: expected one of euler, heun, multistep, found 'rk4'"
+    ):
         solve(velocity, torch.zeros(1), timesteps(1), "rk4")
     with pytest.raises(V2FlowError, match="option steps: .* found 0"):
         timesteps(0)

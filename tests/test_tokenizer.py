@@ -69,7 +69,9 @@ def test_ids(tokenizer: V2FlowTokenizer, ids: Tensor) -> None:
     assert ids.unique().numel() > 5, "the other tests would prove nothing on constant ids"
 
 
-def test_encode_twice_in_other_batches_and_orders(tokenizer: V2FlowTokenizer, images: Tensor, ids: Tensor) -> None:
+def test_encode_twice_in_other_batches_and_orders(
+    tokenizer: V2FlowTokenizer, images: Tensor, ids: Tensor
+) -> None:
     assert torch.equal(tokenizer.encode(images), ids)
     for size in (1, 5, 7):
         assert torch.equal(torch.cat([tokenizer.encode(part) for part in images.split(size)]), ids)
@@ -77,7 +79,9 @@ def test_encode_twice_in_other_batches_and_orders(tokenizer: V2FlowTokenizer, im
     assert torch.equal(tokenizer.encode(images[order]), ids[order])
 
 
-def test_encode_with_another_number_of_threads(tokenizer, images: Tensor, ids: Tensor, two_threads: None) -> None:
+def test_encode_with_another_number_of_threads(
+    tokenizer, images: Tensor, ids: Tensor, two_threads: None
+) -> None:
     assert torch.equal(tokenizer.encode(images), ids)
 
 
@@ -96,7 +100,9 @@ def test_encode_under_autocast(tokenizer: V2FlowTokenizer, images: Tensor, ids: 
         assert torch.equal(tokenizer.encode(images), ids)
 
 
-def test_encode_of_other_strides_and_precisions(tokenizer: V2FlowTokenizer, images: Tensor, ids: Tensor) -> None:
+def test_encode_of_other_strides_and_precisions(
+    tokenizer: V2FlowTokenizer, images: Tensor, ids: Tensor
+) -> None:
     assert torch.equal(tokenizer.encode(images.contiguous(memory_format=torch.channels_last)), ids)
     assert torch.equal(tokenizer.encode(images.double()), ids)
 
@@ -133,7 +139,9 @@ def test_a_new_process_gives_the_same_ids_and_pictures(
 
 
 def test_encode_and_decode_leave_every_tensor_alone(tokenizer: V2FlowTokenizer, images: Tensor) -> None:
-    before = {name: value.clone() for name, value in [*tokenizer.named_buffers(), *tokenizer.named_parameters()]}
+    before = {
+        name: value.clone() for name, value in [*tokenizer.named_buffers(), *tokenizer.named_parameters()]
+    }
     for mode in (True, False):
         tokenizer.train(mode)
         tokenizer.decode(tokenizer.encode(images), steps=2, iterations=2)
@@ -176,7 +184,9 @@ def test_soft_tokens(tokenizer: V2FlowTokenizer, images: Tensor, ids: Tensor) ->
     torch.testing.assert_close(soft.embeddings, full.embeddings, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(soft.entropy, full.entropy(), atol=1e-4, rtol=1e-4)
     assert torch.equal(soft.words[..., 0], full.probabilities.argmax(-1))
-    torch.testing.assert_close(soft.probabilities, full.probabilities.gather(-1, soft.words), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        soft.probabilities, full.probabilities.gather(-1, soft.words), atol=1e-6, rtol=1e-4
+    )
     # The quantiser looks at the direction of the embeddings: the nearest code is the id.
     similarity = torch.nn.functional.normalize(soft.embeddings, dim=-1) @ tokenizer.visual_vocabulary.codes.T
     assert torch.equal(similarity.argmax(-1), ids)
@@ -215,7 +225,9 @@ def test_decode_with_a_seed_is_reproducible(tokenizer: V2FlowTokenizer, ids: Ten
 
 def test_decode_at_temperature_zero_has_one_result(tokenizer: V2FlowTokenizer, ids: Tensor) -> None:
     options = {"steps": 1, "temperature": 0.0}
-    assert torch.equal(tokenizer.decode(ids, generator(1), **options), tokenizer.decode(ids, generator(2), **options))
+    assert torch.equal(
+        tokenizer.decode(ids, generator(1), **options), tokenizer.decode(ids, generator(2), **options)
+    )
 
 
 def test_decode_depends_on_ids_and_on_each_picture_s_own(tokenizer: V2FlowTokenizer, ids: Tensor) -> None:
@@ -230,11 +242,15 @@ def test_decode_depends_on_ids_and_on_each_picture_s_own(tokenizer: V2FlowTokeni
 def test_guidance_and_iterations_act(tokenizer: V2FlowTokenizer, ids: Tensor) -> None:
     plain = tokenizer.decode(ids, generator(1), steps=2)
     for options in ({"guidance": 3.0}, {"iterations": 4}, {"temperature": 0.5}, {"timestep_shift": 3.0}):
-        assert not torch.allclose(tokenizer.decode(ids, generator(1), steps=2, **options), plain, atol=1e-4), options
+        assert not torch.allclose(
+            tokenizer.decode(ids, generator(1), steps=2, **options), plain, atol=1e-4
+        ), options
 
 
 def test_reconstruct_is_decode_of_encode(tokenizer: V2FlowTokenizer, images: Tensor, ids: Tensor) -> None:
-    assert torch.equal(tokenizer.reconstruct(images, generator(), steps=2), tokenizer.decode(ids, generator(), steps=2))
+    assert torch.equal(
+        tokenizer.reconstruct(images, generator(), steps=2), tokenizer.decode(ids, generator(), steps=2)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """`v2flow data …`: build shards of pictures, and check any shards."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from v2flow.errors import V2FlowError
 
 
 def add_data_verbs(verbs: Any) -> None:
@@ -10,45 +13,107 @@ def add_data_verbs(verbs: Any) -> None:
     summary = "build and check WebDataset shards"
     data = verbs.add_parser("data", help=summary, description=summary.capitalize() + ".")
     kinds = data.add_subparsers(dest="kind", metavar="KIND", required=True)
-
-    openmoji = _add_kind(kinds, "openmoji", run_openmoji, "captioned OpenMoji pictures, split by group")
-    openmoji.add_argument(
-        "--out", type=Path, default=Path("data/openmoji"), metavar="DIR", help="default: %(default)s"
-    )
-    openmoji.add_argument(
-        "--size", type=int, default=128, metavar="PX", help="side of a picture; default: 128"
-    )
-
-    folder = _add_kind(
-        kinds, "folder", run_folder, "shards of a folder of pictures, with or without captions"
-    )
-    folder.add_argument(
-        "source", type=Path, metavar="DIR", help="pictures, in subfolders too; captions in NAME.txt"
-    )
-    folder.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
-
+    _add_openmoji(kinds)
+    _add_folder(kinds)
     validate = _add_kind(kinds, "validate", run_validate, "counts, sizes and bad members of shards")
     validate.add_argument(
-        "shards", nargs="+", metavar="SHARDS", help="tar files or URLs; brace globs are expanded"
+        "shards", nargs="+", metavar="SHARDS", help="files or URLs, with braces or wildcards"
     )
-    validate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    validate.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
+    validate.add_argument("--processes", type=int, default=2, metavar="N", help="default: 2")
+
+
+def _add_openmoji(kinds: Any) -> None:
+    parser = _add_kind(kinds, "openmoji", run_openmoji, "captioned OpenMoji pictures, split by group")
+    default = Path("data/openmoji")
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: data/openmoji")
+    parser.add_argument("--size", type=int, default=128, metavar="PX", help="side of a picture; default: 128")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N pictures, for a quick look")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
+
+
+def _add_folder(kinds: Any) -> None:
+    parser = _add_kind(
+        kinds, "folder", run_folder, "shards of a folder of pictures, with or without captions"
+    )
+    parser.add_argument("source", type=Path, metavar="DIR", help="pictures, also in subfolders")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        metavar="CSV",
+        help="columns file and caption; without it, NAME.txt beside NAME.jpg",
+    )
+    parser.add_argument("--val-fraction", type=float, default=0.05, metavar="SHARE", help="default: 0.05")
+    parser.add_argument("--test-fraction", type=float, default=0.05, metavar="SHARE", help="default: 0.05")
+    parser.add_argument(
+        "--split-by",
+        choices=("key", "folder"),
+        default="key",
+        help="what stays in one split; default: key, a picture",
+    )
+    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--max-bad", type=int, metavar="N", help="more undecodable pictures are an error")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write counts and bad pictures here")
 
 
 def _add_kind(kinds: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        name, help=summary, description=summary.capitalize() + "."
-    )
+    description = f"{summary[0].upper()}{summary[1:]}."
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=description)
     parser.set_defaults(run=run)
     return parser
 
 
 def run_openmoji(options: argparse.Namespace) -> None:
     """`v2flow data openmoji`."""
+    from v2flow.data.openmoji import build_openmoji
+
+    counts = build_openmoji(options.out, options.size, options.processes, options.limit)
+    _write(options.json, {"samples": counts})
+    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
 
 
 def run_folder(options: argparse.Namespace) -> None:
     """`v2flow data folder`."""
+    from v2flow.data.folder import build_folder
+
+    report = build_folder(
+        options.source,
+        options.out,
+        captions=options.captions,
+        val_fraction=options.val_fraction,
+        test_fraction=options.test_fraction,
+        split_by=options.split_by,
+        samples_per_shard=options.samples_per_shard,
+        processes=options.processes,
+        max_bad=options.max_bad,
+    )
+    _write(options.json, asdict(report))
+    print(f"{report}\n{options.out}")
 
 
 def run_validate(options: argparse.Namespace) -> None:
-    """`v2flow data validate`."""
+    """`v2flow data validate`.
+
+    Raises:
+        V2FlowError: the shards are not in order; what is wrong was printed.
+    """
+    from v2flow.data.validate import validate_shards
+
+    report = validate_shards(options.shards, processes=options.processes)
+    _write(options.json, report.to_dict())
+    print(report)
+    if not report.ok:
+        raise V2FlowError(
+            f"shards: {len(report.bad_shards)} bad shards, {len(report.bad_members)} bad members, "
+            f"{len(report.duplicate_keys)} duplicate keys in {report.samples} samples; see the list above"
+        )
+
+
+def _write(path: Path | None, value: dict[str, Any]) -> None:
+    if path is not None:
+        from v2flow.metrics.files import write_json
+
+        write_json(path, value)

@@ -29,10 +29,6 @@ class TrainingCLI(LightningCLI):
         verbs = LightningCLI.subcommands()
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        # argparse's own usage text would list a hundred options before saying anything.
-        return super().init_parser(usage="%(prog)s [--config FILE] [--OPTION VALUE ...]", **kwargs)
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--init-from",
@@ -79,6 +75,12 @@ def run_training(arguments: list[str]) -> None:
     # The experiment files find pictures that are not built here through this variable.
     os.environ.setdefault("V2FLOW_DATA", str(SHARED_DATA if SHARED_DATA.is_dir() else "data"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    settings = {"parser_mode": "omegaconf+", "exit_on_error": False}
+    verbs: dict[str, Any] = {
+        # argparse's own usage text would list a hundred options before saying anything.
+        verb: settings | {"usage": f"v2flow {verb} --config FILE [--OPTION VALUE ...]"}
+        for verb in TrainingCLI.subcommands()
+    }
     try:
         with _command_line(arguments):
             TrainingCLI(
@@ -87,7 +89,7 @@ def run_training(arguments: list[str]) -> None:
                 subclass_mode_model=True,
                 # The modules configure their own optimiser: options for another one would do nothing.
                 auto_configure_optimizers=False,
-                parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+                parser_kwargs=settings | verbs,
             )
     except ArgumentError as error:
         raise V2FlowError(f"{condense(str(error))}; see `v2flow {arguments[0]} --help`") from error

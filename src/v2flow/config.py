@@ -180,6 +180,9 @@ class VelocityConfig:
     def __post_init__(self) -> None:
         _require(self.kind != "joint" or self.width % self.heads == 0, "velocity.heads",
                  f"a divisor of width {self.width}", self.heads)  # fmt: skip
+        _require(self.fine_patch >= 1, "velocity.fine_patch", "at least 1", self.fine_patch)
+        _require(self.kind != "joint" or self.fine_patch == 1 or self.fine_width % 4 == 0, "velocity.fine_width",
+                 "a multiple of 4", self.fine_width)  # fmt: skip
         _require(self.draws >= 1, "velocity.draws", "at least 1 draw", self.draws)
         _require(0 <= self.start_share <= 1, "velocity.start_share", "a share in [0, 1]", self.start_share)
 

@@ -46,11 +46,11 @@ class DecodeOptions:
             if value not in allowed:
                 raise V2FlowError(f"option {name}: expected one of {', '.join(allowed)}, found {value!r}")
 
-    def guidance_at(self, iteration: int) -> float:
-        """Scale in the AR iteration `iteration`, counted from 0."""
+    def guidance_at(self, iteration: int, iterations: int) -> float:
+        """Scale in the AR iteration `iteration` of `iterations`, counted from 0."""
         if self.guidance_schedule == "constant":
             return self.guidance
-        return 1.0 + (self.guidance - 1.0) * (iteration + 1) / self.iterations
+        return 1.0 + (self.guidance - 1.0) * (iteration + 1) / iterations
 
 
 def draw_latents(
@@ -74,9 +74,10 @@ def draw_latents(
     latents = torch.zeros_like(noise)
     mask = torch.ones(batch, positions, dtype=torch.bool, device=device)
     left = positions
-    for k, remaining in enumerate(cosine_schedule(min(options.iterations, positions), positions)):
-        chosen = order[:, remaining:left]
-        drawn = _draw_positions(decoder, head, tokens, latents, mask, chosen, noise, options, options.guidance_at(k))
+    iterations = min(options.iterations, positions)
+    for k, remaining in enumerate(cosine_schedule(iterations, positions)):
+        chosen, guidance = order[:, remaining:left], options.guidance_at(k, iterations)
+        drawn = _draw_positions(decoder, head, tokens, latents, mask, chosen, noise, options, guidance)
         latents = latents.scatter(1, chosen[..., None].expand_as(drawn), drawn)
         mask = mask.scatter(1, chosen, False)
         left = remaining

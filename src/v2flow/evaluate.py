@@ -228,7 +228,12 @@ def make_report(
 
 
 def evaluation_loader(
-    data: str | list[str], image_size: int, batch_size: int, limit: int | None = None, num_workers: int = 0
+    data: str | list[str],
+    image_size: int,
+    batch_size: int,
+    limit: int | None = None,
+    num_workers: int = 0,
+    allow_pipe: bool = False,
 ) -> Batches:
     """Batches of shards for evaluation: in their order, centre crop, padded and masked with `valid`."""
     from v2flow.training.data_module import ShardDataModule
@@ -239,6 +244,7 @@ def evaluation_loader(
         eval_batch_size=batch_size,
         num_workers=num_workers,
         test_limit=limit,
+        allow_pipe=allow_pipe,
     )
     module.setup("test")
     return module.test_dataloader()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from v2flow.config import TokenizerConfig, from_dict, to_dict
 from v2flow.errors import V2FlowError
@@ -46,26 +47,37 @@ class PretrainedMixin(
         (save_directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
         map_location: str | torch.device = "cpu",
-        **_: Any,
     ) -> Any:
-        folder = Path(model_id)
+        """The tokenizer of a folder or hub repository, in evaluation mode on `map_location`.
+
+        Raises:
+            V2FlowError: neither of both, a damaged file, or another model's.
+        """
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                    local_files_only=local_files_only, token=token,
-                )
-            )  # fmt: skip
+            try:
+                folder = Path(
+                    snapshot_download(
+                        str(pretrained_model_name_or_path), revision=revision, cache_dir=cache_dir,
+                        force_download=force_download, local_files_only=local_files_only, token=token,
+                    )
+                )  # fmt: skip
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise V2FlowError(
+                    f"{pretrained_model_name_or_path}: neither an exported folder nor a hub repository that can be "
+                    f"reached ({reason})"
+                ) from error
         return load_folder(cls, folder).to(map_location)
 
 
@@ -80,10 +92,7 @@ def load_folder(cls: Any, folder: Path) -> Any:
     vocabulary = _read_vocabulary(folder, config)
     check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
     model = cls(config, vocabulary)
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise V2FlowError(f"{folder / WEIGHTS}: not a readable safetensors file ({error}); export it again") from error
+    weights, _ = read_tensors(folder / WEIGHTS)
     load_weights(model, weights, str(folder / WEIGHTS))
     return model.eval()
 
@@ -128,9 +137,24 @@ def _read_vocabulary(folder: Path, config: TokenizerConfig) -> LLMVocabulary:
     path = folder / VOCABULARY
     if not path.exists():
         return load_vocabulary(config.vocabulary)
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        words = json.loads((file.metadata() or {}).get("words", "[]"))
-        table = file.get_tensor("table")
+    tensors, metadata = read_tensors(path)
+    try:
+        table, words = tensors["table"], json.loads(metadata["words"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise V2FlowError(f"{path}: holds no table with its words; export the tokenizer again") from error
     return LLMVocabulary.from_table(table, words, config.vocabulary.source)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        V2FlowError: missing or damaged.
+    """
+    if not path.is_file():
+        raise V2FlowError(f"{path}: not found; expected a folder made by `v2flow export`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise V2FlowError(f"{path}: not a readable safetensors file ({error}); export it again") from error

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from v2flow.data.decode import BadSampleError, decode_image, square_crop
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import FOLDER_MODES, select_modes
-from v2flow.images import load_image
 from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import psnr_per_image
 from v2flow.training.checkpoint import load_model
@@ -36,8 +36,19 @@ class LoadedModel:
         self.modes: dict[str, dict[str, Any]] = info["decode_modes"] or FOLDER_MODES
 
     def picture(self, path: str | Path) -> Tensor:
-        """The picture file as fp32 `[3, S, S]` in [0, 1], centre-cropped and resized to the model's size."""
-        return fit_square(load_image(path), self.model.config.image_size)
+        """The picture file as fp32 `[3, S, S]` in [0, 1], resized and centre-cropped as in training.
+
+        Raises:
+            V2FlowError: missing, or no picture that can be decoded.
+        """
+        try:
+            image = decode_image(Path(path).read_bytes(), formats=None)
+        except FileNotFoundError as error:
+            raise V2FlowError(f"{path}: no such picture file") from error
+        except BadSampleError as error:
+            raise V2FlowError(f"{path}: expected a picture, found something else: {error}") from error
+        pixels = square_crop(image, self.model.config.image_size)
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     def encode(self, picture: Tensor) -> Tensor:
         """Ids `[N]` of a picture `[3, S, S]`."""
@@ -150,11 +161,3 @@ def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def fit_square(image: Tensor, size: int) -> Tensor:
-    """`[3, H, W]` to `[3, size, size]`: interim"""
-    import torchvision.transforms.v2.functional as tv
-
-    side = min(image.shape[1:])
-    return tv.resize(tv.center_crop(image, [side, side]), [size, size], antialias=True)

@@ -75,7 +75,7 @@ def load_vocabulary(config: VocabularyConfig) -> LLMVocabulary:
         return _subset(*_read_wordllama(), config)
     path = Path(config.source)
     if path.suffix == ".gguf" and path.is_file():
-        return _cached_gguf(config, f"{path.stem}-{path.stat().st_size}", lambda: path)
+        return _cached_gguf(config, _file_name(path), lambda: path)
     if path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
         return _subset(*_read_safetensors(path), config)
     raise V2FlowError(
@@ -137,6 +137,13 @@ def _gemma_file() -> Path:
         with atomic_path(path) as temporary:
             package.assemble(temporary, overwrite=True)
     return path
+
+
+def _file_name(path: Path) -> str:
+    """A name for a file's contents in the cache: another file of the same name and size is another vocabulary."""
+    status = path.stat()
+    place = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    return f"{path.stem}-{place[:16]}"
 
 
 def _read_gguf(path: Path, config: VocabularyConfig) -> LLMVocabulary:

@@ -41,7 +41,7 @@ class MaskedAutoregressiveDecoder(nn.Module):
         self.encoder = Transformer(width, config.encoder_depth, config.heads, config.checkpointing)
         self.decoder = Transformer(width, config.decoder_depth, config.heads, config.checkpointing)
         if config.prefix == "aligned":
-            above = _token_above(token_grid, latent_grid)
+            above = token_above(token_grid, latent_grid)
         else:
             above = torch.empty(0, dtype=torch.long)
             self.decoder_token_positions = nn.Parameter(tokens.clone())
@@ -82,7 +82,7 @@ class MaskedAutoregressiveDecoder(nn.Module):
         return x[:, : prefix.shape[1]], x[:, prefix.shape[1] :], index
 
 
-def _token_above(token_grid: tuple[int, int], latent_grid: tuple[int, int]) -> Tensor:
+def token_above(token_grid: tuple[int, int], latent_grid: tuple[int, int]) -> Tensor:
     """Index `[L]` of the visual token whose cell covers each latent position."""
     rows = (torch.arange(latent_grid[0]) * token_grid[0]) // latent_grid[0]
     columns = (torch.arange(latent_grid[1]) * token_grid[1]) // latent_grid[1]

@@ -144,10 +144,12 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         on batch size or threads is then far below any gap between codes, and the ids do not depend on it.
 
         Raises:
-            V2FlowError: pictures of another shape than the tokenizer was made for.
+            V2FlowError: an empty batch, or pictures of another shape than the tokenizer was made for.
         """
-        with _inference(self), torch.autocast(images.device.type, enabled=False):
-            latents = self.codec.encode(self._checked(images).float())
+        if not len(self._checked(images)):
+            raise V2FlowError("images: expected at least one picture, found an empty batch")
+        with inference(self), torch.autocast(images.device.type, enabled=False):
+            latents = self.codec.encode(images.float())
             state = {k: v.double() for k, v in _state(self.resampler).items()}
             soft = functional_call(self.resampler, state, (latents.double(),))
             directions = nn.functional.normalize(soft.embeddings, dim=-1)
@@ -169,9 +171,11 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             V2FlowError: ids of another shape or outside [0, K), or an unknown option.
         """
         settings = decode_options(options)
-        self._check_ids(ids)
+        check_ids(ids, self.num_tokens, self.codebook_size)
+        if not len(ids):
+            return torch.empty(0, 3, self.config.image_size, self.config.image_size)
         device = self.visual_vocabulary.codes.device
-        with _inference(self), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with inference(self), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             tokens = self.visual_vocabulary.lookup(ids.to(device))
             height, width = self.latent_grid
             channels = self.head.residual_std.shape[0]
@@ -193,15 +197,19 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             )
         return images
 
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.ndim != 2 or ids.shape[1] != self.num_tokens or ids.is_floating_point():
-            raise V2FlowError(
-                f"ids: expected integers of shape [B, {self.num_tokens}], found {ids.dtype} {list(ids.shape)}"
-            )
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.codebook_size):
-            raise V2FlowError(
-                f"ids: expected values from 0 to {self.codebook_size - 1}, found {int(ids.min())} to {int(ids.max())}"
-            )
+
+def check_ids(ids: Tensor, num_tokens: int, codebook_size: int) -> None:
+    """Refuse ids that are not integers `[B, N]` in [0, K).
+
+    Raises:
+        V2FlowError: what is wrong with them.
+    """
+    if ids.ndim != 2 or ids.shape[1] != num_tokens or ids.is_floating_point():
+        raise V2FlowError(f"ids: expected integers of shape [B, {num_tokens}], found {ids.dtype} {list(ids.shape)}")
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < codebook_size):
+        raise V2FlowError(
+            f"ids: expected values from 0 to {codebook_size - 1}, found {int(ids.min())} to {int(ids.max())}"
+        )
 
 
 def decode_options(options: dict[str, Any]) -> DecodeOptions:
@@ -222,7 +230,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _inference(module: nn.Module) -> Iterator[None]:
+def inference(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and no TF32 inside; every submodule's own mode is put back afterwards."""
     modes = {name: part.training for name, part in module.named_modules()}
     precision = torch.get_float32_matmul_precision()

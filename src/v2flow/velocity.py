@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow.config import VelocityConfig
+from v2flow.errors import V2FlowError
 from v2flow.transformer import Attention, Mlp, grid_positions, init_linear
 
 
@@ -150,6 +151,11 @@ class JointField(nn.Module):
 
     def _build_fine(self, channels: int, condition_dim: int, config: VelocityConfig) -> None:
         p2, fine = config.fine_patch**2, config.fine_width
+        if channels % p2:
+            raise V2FlowError(
+                f"option velocity.fine_patch: expected a number whose square divides the codec's {channels} channels, "
+                f"found {config.fine_patch}; use 1 for latents that are not patches"
+            )
         self.fine_stem = nn.Conv2d(channels // p2, fine, 3, padding=1)
         self.fine_condition = nn.Linear(condition_dim, p2 * fine)
         self.fine_before = nn.ModuleList(FineBlock(fine, config.width) for _ in range(config.fine_depth))

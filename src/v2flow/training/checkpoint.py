@@ -9,7 +9,7 @@ from torch import nn
 
 from v2flow.config import TokenizerConfig, from_dict
 from v2flow.errors import V2FlowError
-from v2flow.hub import check_vocabulary, load_weights
+from v2flow.hub import WEIGHTS, check_vocabulary, load_weights, read_tensors
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -83,12 +83,6 @@ def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tupl
 def initialise_from(model: nn.Module, path: str | Path) -> None:
     """Copy the averaged weights of a checkpoint or exported folder into `model` (`--init-from`)."""
     if Path(path).is_dir():
-        from safetensors.torch import load_file
-
-        from v2flow.hub import WEIGHTS
-
-        if not (Path(path) / WEIGHTS).is_file():
-            raise V2FlowError(f"{Path(path) / WEIGHTS}: not found; expected a folder made by `v2flow export`")
-        load_weights(model, load_file(Path(path) / WEIGHTS), str(path))
+        load_weights(model, read_tensors(Path(path) / WEIGHTS)[0], str(path))
         return
     load_weights(model, model_weights(read_checkpoint(path), "ema"), str(path))

@@ -192,8 +192,14 @@ class ReconstructionCallback(Callback):
     def _score_floors(
         self, trainer: Trainer, loader: Iterable[Mapping[str, Any]], device: torch.device
     ) -> dict[str, dict[str, float]]:
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        train = evaluation_loader(datamodule.train, datamodule.image_size, datamodule.batch_size)
+        shards: Any = trainer.datamodule  # type: ignore[attr-defined]
+        train = evaluation_loader(
+            shards.train,
+            shards.image_size,
+            shards.eval_batch_size,
+            num_workers=shards.num_workers,
+            allow_pipe=shards.allow_pipe,
+        )
         return data_floors(train, loader, features=self.final_features, device=device)
 
 

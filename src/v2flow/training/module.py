@@ -24,6 +24,15 @@ def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(state & _MASK)
 
 
+def valid_images(batch: dict[str, Any]) -> Tensor:
+    """The pictures of an evaluation batch that are not filling; at least one, so that every rank logs."""
+    images: Tensor = batch["image"]
+    valid = batch.get("valid")
+    if valid is None or bool(valid.all()):
+        return images
+    return images[valid] if bool(valid.any()) else images[:1]
+
+
 class ReconstructionModule(LightningModule):
     """Base of the modules that train something with `encode` and `decode`.
 

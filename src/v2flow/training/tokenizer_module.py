@@ -7,7 +7,7 @@ from torch import Tensor
 
 from v2flow.config import TokenizerConfig, to_dict
 from v2flow.tokenizer import V2FlowTokenizer, decode_options
-from v2flow.training.module import ReconstructionModule, seeded_generator
+from v2flow.training.module import ReconstructionModule, seeded_generator, valid_images
 from v2flow.training.optimizer import OptimizerConfig
 
 
@@ -38,7 +38,7 @@ class TokenizerModule(ReconstructionModule):
         # The first weights depend on the seed alone, whatever was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = V2FlowTokenizer(tokenizer)
+            self.model: V2FlowTokenizer = V2FlowTokenizer(tokenizer)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.model.losses(batch["image"], self.progress, self.step_generator(batch_idx))
@@ -51,12 +51,13 @@ class TokenizerModule(ReconstructionModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
-        losses = self.model.losses(batch["image"], 1.0, generator)
+        images = valid_images(batch)
+        losses = self.model.losses(images, 1.0, generator)
         terms = {
             "loss": losses.total, "mean": losses.mean, "flow": losses.flow,
             "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
         }  # fmt: skip
-        self.log_losses(terms, "val", len(batch["image"]))
+        self.log_losses(terms, "val", len(images))
 
     def describe(self) -> dict[str, Any]:
         return {

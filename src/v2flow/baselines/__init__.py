@@ -1,0 +1,1 @@
+"""Tokenizers to compare with, on the same data, callbacks and configuration."""

@@ -1,0 +1,1 @@
+"""Pictures from WebDataset shards: order, reading, building and checking."""

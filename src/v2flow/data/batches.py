@@ -1,0 +1,225 @@
+"""Whole batches as pure functions of a request: what a loader's workers run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from v2flow.data.decode import BadSampleError, decode_caption, decode_image, square_crop
+from v2flow.data.manifest import FIELDS
+from v2flow.data.order import ShuffledOrder, keyed_uniform
+from v2flow.data.shards import ShardSet
+from v2flow.errors import V2FlowError
+
+CACHE_BYTES = 256 << 20
+_IMAGE, _TXT, _JSON = (FIELDS.index(name) for name in ("image", "txt", "json"))
+# Purposes of random draws; with (seed, epoch, position) they key every draw.
+_CROP, _FLIP = 101, 102
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch of one rank: positions first … first + count - 1 of an epoch's order."""
+
+    epoch: int
+    first: int
+    count: int
+
+
+@dataclass
+class Batch:
+    """What a worker hands over.
+
+    Attributes:
+        image: uint8 [B, 3, S, S].
+        valid: bool [B].
+        bad: messages of samples that were skipped, by sample number.
+        error: a mistake in the data that ends the run; the batch is empty then.
+    """
+
+    image: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    caption: list[str] = field(default_factory=list)
+    key: list[str] = field(default_factory=list)
+    valid: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    bad: dict[int, str] = field(default_factory=dict)
+    error: str | None = None
+
+
+class SampleReader:
+    """Reads, decodes and crops single samples.
+
+    Args:
+        captions: whether a sample without caption is an error; else its caption is the empty string.
+        cache: keep decoded centre crops in memory, up to `CACHE_BYTES` in each process.
+    """
+
+    def __init__(
+        self, shards: ShardSet, image_size: int, captions: bool = False, cache: bool = False
+    ) -> None:
+        self.shards = shards
+        self.image_size = image_size
+        self.captions = captions
+        self._room = CACHE_BYTES if cache else 0
+        self._decoded: dict[int, np.ndarray] = {}
+
+    def image(self, sample: int, place: float = 0.5) -> np.ndarray:
+        """uint8 [S, S, 3]; see :func:`v2flow.data.decode.square_crop`.
+
+        Raises:
+            BadSampleError: no picture, or one that cannot be decoded.
+        """
+        picture = self._decoded.get(sample)
+        if picture is None:
+            data = self.shards.read(sample, _IMAGE)
+            if data is None:
+                raise BadSampleError(
+                    "no member jpg, jpeg, png or webp (does its file name have a second dot?)"
+                )
+            picture = square_crop(decode_image(data), self.image_size, place)
+            if self._room >= picture.nbytes:
+                self._decoded[sample] = picture
+                self._room -= picture.nbytes
+        return picture
+
+    def caption(self, sample: int) -> str:
+        """The caption.
+
+        Raises:
+            V2FlowError: captions are required and this sample has none.
+        """
+        try:
+            txt = self.shards.read(sample, _TXT)
+            caption = decode_caption(txt, self.shards.read(sample, _JSON) if txt is None else None)
+        except BadSampleError as error:
+            if self.captions:
+                raise V2FlowError(f"{self.shards.where(sample)}: {error}") from error
+            caption = None
+        if not caption and self.captions:
+            raise V2FlowError(
+                f"{self.shards.where(sample)}: no caption; expected a member txt, or a field 'caption' in json"
+            )
+        return caption or ""
+
+    def batch(self, samples: Sequence[int], pictures: Sequence[np.ndarray], valid: np.ndarray) -> Batch:
+        """Collates decoded pictures with the captions and keys of their samples."""
+        stacked = np.stack(pictures).transpose(0, 3, 1, 2)
+        return Batch(
+            torch.from_numpy(np.ascontiguousarray(stacked)),
+            [self.caption(sample) for sample in samples],
+            [self.shards.key(sample) for sample in samples],
+            torch.from_numpy(valid),
+        )
+
+
+class TrainBatches(Dataset):
+    """Batches of the shuffled order. A sample that cannot be decoded is replaced by the next good one of the order.
+
+    Args:
+        order: made anew in every process.
+        random_crop, flip: augmentations, drawn anew for each (seed, epoch, position).
+        max_bad: more bad samples than this in one batch end the run at once.
+    """
+
+    def __init__(self, reader: SampleReader, seed: int, random_crop: bool, flip: bool, max_bad: int) -> None:
+        self.reader = reader
+        self.seed = seed
+        self.random_crop = random_crop
+        self.flip = flip
+        self.max_bad = max_bad
+        self._order: ShuffledOrder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_order": None}
+
+    @property
+    def order(self) -> ShuffledOrder:
+        """The order of samples."""
+        if self._order is None:
+            self._order = ShuffledOrder(self.reader.shards.sizes, self.seed)
+        return self._order
+
+    def __getitem__(self, request: Request) -> Batch:
+        try:
+            return self._build(request)
+        except V2FlowError as error:  # an exception would come out of a worker as a page of traceback
+            return Batch(error=str(error))
+
+    def _build(self, request: Request) -> Batch:
+        positions = np.arange(request.first, request.first + request.count)
+        places = keyed_uniform(positions, self.seed, request.epoch, _CROP) if self.random_crop else None
+        flips = keyed_uniform(positions, self.seed, request.epoch, _FLIP) < 0.5 if self.flip else None
+        bad: dict[int, str] = {}
+        chosen, pictures = [], []
+        wanted = self.order.samples(request.epoch, request.first, request.first + request.count).tolist()
+        for row, sample in enumerate(wanted):
+            place = 0.5 if places is None else float(places[row])
+            sample, picture = self._first_good(request, int(positions[row]), sample, place, bad)
+            chosen.append(sample)
+            pictures.append(picture[:, ::-1] if flips is not None and flips[row] else picture)
+        batch = self.reader.batch(chosen, pictures, np.ones(request.count, bool))
+        batch.bad = bad
+        return batch
+
+    def _first_good(
+        self, request: Request, position: int, sample: int, place: float, bad: dict[int, str]
+    ) -> tuple[int, np.ndarray]:
+        """The sample at a position, or the next one of the epoch (from its end on, of its start) that decodes."""
+        while True:
+            try:
+                return sample, self.reader.image(sample, place)
+            except BadSampleError as error:
+                bad[sample] = f"{self.reader.shards.where(sample)}: {error}"
+            if len(bad) > min(self.max_bad, len(self.order) - 1):
+                raise V2FlowError(too_many(bad.values(), self.max_bad))
+            position = (position + 1) % len(self.order)
+            sample = int(self.order.samples(request.epoch, position, position + 1)[0])
+
+
+class EvaluationBatches(Dataset):
+    """Batches of the first `count` samples in their own order: centre crop, no flip.
+
+    Positions from `count` on are padding, with the last picture again; it and undecodable samples are not `valid`.
+    """
+
+    def __init__(self, reader: SampleReader, count: int) -> None:
+        self.reader = reader
+        self.count = count
+
+    def __getitem__(self, request: Request) -> Batch:
+        try:
+            return self._build(request)
+        except V2FlowError as error:
+            return Batch(error=str(error))
+
+    def _build(self, request: Request) -> Batch:
+        positions = np.arange(request.first, request.first + request.count)
+        valid = positions < self.count
+        samples = np.minimum(positions, self.count - 1).tolist()
+        bad: dict[int, str] = {}
+        pictures: list[np.ndarray] = []
+        for row, sample in enumerate(samples):
+            if sample in bad or (not valid[row] and pictures):
+                valid[row] = False
+                pictures.append(pictures[-1])
+                continue
+            try:
+                pictures.append(self.reader.image(sample))
+            except BadSampleError as error:
+                bad[sample] = f"{self.reader.shards.where(sample)}: {error}"
+                valid[row] = False
+                pictures.append(np.full((self.reader.image_size,) * 2 + (3,), 255, np.uint8))
+        batch = self.reader.batch(samples, pictures, valid)
+        batch.bad = bad
+        return batch
+
+
+def too_many(messages: Iterable[str], limit: int) -> str:
+    """The error line when bad samples exceed the limit; names the last one."""
+    listed = list(messages)
+    return (
+        f"{listed[-1]}: that makes {len(listed)} bad samples, more than max_bad_samples={limit}; "
+        "see `v2flow data validate`"
+    )

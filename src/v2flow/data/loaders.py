@@ -1,0 +1,237 @@
+"""Loaders of whole batches: for training, with a position that can be saved; for evaluation, padded and masked."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from v2flow.data.batches import Batch, EvaluationBatches, Request, TrainBatches, too_many
+from v2flow.errors import V2FlowError
+
+_log = logging.getLogger(__name__)
+
+
+class _Requests(Sampler):
+    """The requests of the next pass, set before the workers start on it."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+class _Workers:
+    """Runs requests in their order, request i in worker i mod W, and keeps the account of bad samples."""
+
+    def __init__(self, dataset: Dataset, num_workers: int, max_bad: int, persistent: bool) -> None:
+        self._requests = _Requests()
+        self._max_bad = max_bad
+        self._bad: dict[int, str] = {}
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=num_workers,
+            collate_fn=_same,
+            persistent_workers=persistent and num_workers > 0,
+            prefetch_factor=4 if num_workers > 0 else None,
+            generator=torch.Generator().manual_seed(0),  # else each pass draws from the global generator
+        )
+
+    def run(self, requests: list[Request]) -> Iterator[Batch]:
+        """Batches of the requests.
+
+        Raises:
+            V2FlowError: a mistake in the data, or more than `max_bad` undecodable samples.
+        """
+        self._requests.requests = requests
+        for batch in self._loader:
+            if batch.error is not None:
+                raise V2FlowError(batch.error)
+            for sample, message in batch.bad.items():
+                if sample not in self._bad:
+                    self._bad[sample] = message
+                    _log.warning("skipped: %s (%d so far)", message, len(self._bad))
+            if len(self._bad) > self._max_bad:
+                raise V2FlowError(too_many(self._bad.values(), self._max_bad))
+            yield batch
+
+
+def _as_dict(batch: Batch) -> dict[str, Any]:
+    image = batch.image.float().div_(255.0)
+    return {"image": image, "caption": batch.caption, "key": batch.key}
+
+
+class TrainLoader:
+    """One rank's batches {"image": fp32 [B, 3, S, S] in [0, 1], "caption": B strings, "key": B strings}.
+
+    Global batch i of an epoch is positions i·G … (i+1)·G-1 of its order, G = batch_size · ranks; rank r has the
+    r-th part. The last, partial global batch is dropped. The state is (seed, epoch, samples consumed by all
+    ranks); each pass is an epoch, and starts where a loaded state says.
+
+    Args:
+        batches: what to serve.
+        rank, ranks: of this process.
+        repeat: every epoch has the order and the draws of epoch 0 (to overfit batches).
+        progress: a Lightning tracker whose `processed` counts the batches trained on in this epoch, so that a
+            batch handed out and then lost to an interruption does not count; None counts those handed out.
+
+    Raises:
+        V2FlowError: fewer samples than one global batch.
+    """
+
+    def __init__(
+        self,
+        batches: TrainBatches,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        repeat: bool = False,
+        progress: Callable[[], Any] | None = None,
+    ) -> None:
+        self.batches = batches
+        self.batch_size = batch_size
+        self.rank = rank
+        self.global_batch = batch_size * ranks
+        self.total = len(batches.order)
+        if self.total < self.global_batch:
+            raise V2FlowError(
+                f"training shards: {self.total} samples are fewer than one batch of {self.global_batch}; "
+                "lower batch_size"
+            )
+        self._repeat = repeat
+        self._progress = progress
+        self._num_workers = num_workers
+        self._workers: _Workers | None = None
+        self._set(0, 0)
+
+    def __len__(self) -> int:
+        return self.total // self.global_batch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # A generator: nothing is decided or started before the first batch is asked for.
+        if (self.total - self._start) < self.global_batch:
+            self._set(self._epoch + 1, 0)
+        tracker = self._tracker()
+        self._base = tracker.processed if tracker else 0
+        self._handed_out = 0
+        if self._workers is None:
+            self._workers = _Workers(self.batches, self._num_workers, self.batches.max_bad, persistent=True)
+        for batch in self._workers.run(self._rest_of_epoch()):
+            self._handed_out += 1
+            yield _as_dict(batch)
+        if tracker is None:
+            self._set(self._epoch + 1, 0)
+
+    def _rest_of_epoch(self) -> list[Request]:
+        epoch = 0 if self._repeat else self._epoch
+        firsts = range(self._start, self.total - self.global_batch + 1, self.global_batch)
+        return [Request(epoch, first + self.rank * self.batch_size, self.batch_size) for first in firsts]
+
+    def _set(self, epoch: int, start: int) -> None:
+        self._epoch = epoch
+        self._start = start
+        self._handed_out = 0
+        self._base = 0
+
+    def _tracker(self) -> Any:
+        return self._progress() if self._progress is not None else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass begins at the start of this epoch; no effect if the loader stands in it already."""
+        if epoch != self._epoch:
+            self._set(epoch, 0)
+
+    @property
+    def batch_sampler(self) -> "_EpochReceiver":
+        """Where Lightning looks for `set_epoch`."""
+        return _EpochReceiver(self)
+
+    def state_dict(self) -> dict[str, int]:
+        """{"seed", "epoch", "samples"}: samples consumed in this epoch by all ranks together."""
+        trained = self._handed_out
+        tracker = self._tracker()
+        if tracker is not None and self._handed_out:
+            trained = min(trained, max(tracker.processed - self._base, 0))
+        samples = self._start + trained * self.global_batch
+        return {"seed": self.batches.seed, "epoch": self._epoch, "samples": samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues at a saved position, also one saved with another number of ranks or another batch size.
+
+        Raises:
+            V2FlowError: the state belongs to another seed, that is to another order.
+        """
+        if state["seed"] != self.batches.seed:
+            raise V2FlowError(
+                f"option data.seed: the checkpoint was trained with {state['seed']}, found {self.batches.seed}; "
+                "resume with the same seed, or start a new run with --init-from"
+            )
+        self._set(state["epoch"], min(state["samples"], self.total))
+        tracker = self._tracker()
+        if (
+            tracker is not None
+            and state["samples"]
+            and tracker.processed * self.global_batch != state["samples"]
+        ):
+            # Another global batch: the trainer must count in the new batches, or it would end the epoch early.
+            shift = len(self) - len(self._rest_of_epoch()) - tracker.processed
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(tracker, name, getattr(tracker, name) + shift)
+
+    def close(self) -> None:
+        """Ends the workers; a later pass starts new ones."""
+        self._workers = None
+
+
+class _EpochReceiver:
+    """Lightning calls `loader.batch_sampler.sampler.set_epoch`; a `sampler` of the loader itself it would replace."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.sampler = loader
+
+
+class EvaluationLoader:
+    """One rank's part of the first `count` samples, in order, with "valid": bool [B] beside the training keys.
+
+    Every rank has the same number of batches of the same size; what is not `valid` is padding or could not be
+    decoded, and must be left out of every figure. Over the ranks each sample is valid at most once.
+    """
+
+    def __init__(
+        self,
+        batches: EvaluationBatches,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        max_bad: int = 0,
+    ) -> None:
+        self.batches = batches
+        self.batch_size = batch_size
+        self._rank, self._ranks = rank, ranks
+        self._num_workers = num_workers
+        self._max_bad = max_bad
+
+    def __len__(self) -> int:
+        return -(-self.batches.count // (self.batch_size * self._ranks))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        size = self.batch_size
+        requests = [Request(0, (i * self._ranks + self._rank) * size, size) for i in range(len(self))]
+        workers = _Workers(self.batches, self._num_workers, self._max_bad, persistent=False)
+        for batch in workers.run(requests):
+            valid: Tensor = batch.valid
+            yield _as_dict(batch) | {"valid": valid}

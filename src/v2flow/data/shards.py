@@ -1,0 +1,318 @@
+"""Shards by name: brace globs, local files, `file:`, `http(s):` and, if allowed, `pipe:`; one cache for remote ones."""
+
+import fcntl
+import glob
+import hashlib
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import braceexpand
+import numpy as np
+from tqdm import tqdm
+from webdataset import gopen
+
+from v2flow.data.http import HttpStream, fetch_text, probe, register_openers
+from v2flow.data.manifest import (
+    MANIFEST,
+    ShardIndex,
+    cached_index,
+    check_against_manifest,
+    read_manifest,
+)
+from v2flow.errors import V2FlowError
+from v2flow.paths import cache_dir
+
+Shards = str | Sequence[str]
+MAX_OPEN_FILES = 64
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+
+
+def expand_shards(shards: Shards, allow_pipe: bool = False) -> list[str]:
+    """Names of single shards: braces `{00..12}` and `{a,b}` everywhere, wildcards `*?[]` in local paths.
+
+    Args:
+        shards: one pattern or several.
+        allow_pipe: also accept `pipe:COMMAND`, whose output is a tar. It runs in a shell.
+
+    Raises:
+        V2FlowError: no match, an unknown scheme, a shard named twice, or a pipe that is not allowed.
+    """
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    names = [name for pattern in patterns for name in _expand_one(pattern, allow_pipe)]
+    if not names:
+        raise V2FlowError("shards: expected at least one path or URL, found none")
+    twice = (
+        next((name for name in names if names.count(name) > 1), None)
+        if len(set(names)) < len(names)
+        else None
+    )
+    if twice is not None:
+        raise V2FlowError(f"{twice}: named twice among the shards; name each shard once")
+    return names
+
+
+def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except braceexpand.UnbalancedBracesError as error:
+        raise V2FlowError(
+            f"shards {pattern!r}: a brace is not closed; expected e.g. train-{{000..012}}.tar"
+        ) from error
+    return [name for expanded in names for name in _expand_name(expanded, allow_pipe)]
+
+
+def _expand_name(name: str, allow_pipe: bool) -> list[str]:
+    match = _SCHEME.match(name)
+    scheme = match.group(1).lower() if match else ""
+    if scheme == "pipe":
+        if not allow_pipe:
+            raise V2FlowError(f"{name}: pipes run a shell command; set allow_pipe to true if you trust it")
+        return [name]
+    if scheme in ("http", "https"):
+        if "*" in name:
+            raise V2FlowError(f"{name}: wildcards only work for local shards; use braces {{000..012}}")
+        return [name]
+    if scheme == "file":
+        name = url2pathname(urlparse(name).path)
+    elif scheme:
+        raise V2FlowError(
+            f"{name}: unknown scheme {scheme!r}; expected a path, file:, http:, https: or pipe:"
+        )
+    if os.path.exists(name) or not glob.has_magic(name):
+        return [name]
+    found = sorted(glob.glob(name, recursive=True))
+    if not found:
+        raise V2FlowError(f"{name}: no shard matches; check the path, or build the shards first")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One shard: what to call it, where it is or can be fetched, and which samples it holds.
+
+    Attributes:
+        name: path or URL as the user knows it.
+        index: its samples.
+        version: of a remote shard, what tells its contents from others of the same URL.
+        remote: whether it has to be fetched.
+    """
+
+    name: str
+    index: ShardIndex
+    version: str
+    remote: bool
+
+    @property
+    def folder(self) -> str:
+        """Where keys must be unique."""
+        return self.name.rpartition("/")[0] if self.remote else str(Path(self.name).resolve().parent)
+
+    def local_path(self) -> Path:
+        """The file to read; a remote one is fetched into the cache first, by one process for all."""
+        return fetch_shard(self.name, self.version) if self.remote else Path(self.name)
+
+
+class ShardSet:
+    """Samples of several shards, numbered through; open with :func:`open_shards`."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        self.sizes = [len(shard.index) for shard in self.shards]
+        self._edges = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._edges[-1])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Number of the shard, and of the sample in it."""
+        shard = int(np.searchsorted(self._edges, sample, side="right")) - 1
+        return shard, sample - int(self._edges[shard])
+
+    def key(self, sample: int) -> str:
+        shard, row = self.locate(sample)
+        return self.shards[shard].index.key(row)
+
+    def where(self, sample: int) -> str:
+        """`SHARD, sample KEY`, for messages."""
+        shard, row = self.locate(sample)
+        return f"{self.shards[shard].name}, sample {self.shards[shard].index.key(row)!r}"
+
+    def read(self, sample: int, field: int) -> bytes | None:
+        """A member's bytes, or None if the sample has none. `field` counts in FIELDS.
+
+        Raises:
+            V2FlowError: the shard became shorter since it was opened.
+        """
+        shard, row = self.locate(sample)
+        offset, size = self.shards[shard].index.members[row, field].tolist()
+        if offset < 0:
+            return None
+        data = os.pread(self._open(shard), size, offset)
+        if len(data) != size:
+            raise V2FlowError(
+                f"{self.where(sample)}: the file ends before it; was it changed during the run?"
+            )
+        return data
+
+    def missing(self, *fields: str) -> Iterator[int]:
+        """Samples that have none of the fields."""
+        for first, shard in zip(self._edges, self.shards, strict=False):
+            yield from (int(first) + int(row) for row in np.flatnonzero(shard.index.missing(*fields)))
+
+    def _open(self, shard: int) -> int:
+        file = self._files.get(shard)
+        if file is None:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            file = self._files[shard] = os.open(self.shards[shard].local_path(), os.O_RDONLY)
+        return file
+
+
+def open_shards(shards: Shards, allow_pipe: bool = False, progress: bool = True) -> ShardSet:
+    """Finds the samples of shards: from their manifest, or by reading their headers once.
+
+    Remote shards without a manifest are fetched now, those with one when they are first read.
+
+    Args:
+        shards, allow_pipe: see :func:`expand_shards`.
+        progress: show a bar when it takes more than two seconds.
+
+    Raises:
+        V2FlowError: a shard is missing, damaged, empty or shorter than its manifest says, or two samples of one
+            folder have the same key.
+    """
+    names = expand_shards(shards, allow_pipe)
+    manifests: dict[str, dict[str, ShardIndex]] = {}
+    bar = tqdm(names, "index shards", unit="shard", delay=2.0, disable=not progress, leave=False)
+    opened = ShardSet([open_shard(name, manifests) for name in bar])
+    _refuse_duplicates(opened)
+    return opened
+
+
+def open_shard(name: str, manifests: dict[str, dict[str, ShardIndex]] | None = None) -> Shard:
+    """Opens one expanded name.
+
+    Args:
+        manifests: those read before, by folder; gets what is read now.
+
+    Raises:
+        V2FlowError: missing, damaged, empty or shorter than its manifest says.
+    """
+    manifests = {} if manifests is None else manifests
+    return _open_remote(name, manifests) if _SCHEME.match(name) else _open_local(name, manifests)
+
+
+def _open_local(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard:
+    path = Path(name)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise V2FlowError(f"{name}: no such shard; check the path and the braces") from error
+    if not path.is_file():
+        raise V2FlowError(
+            f"{name}: expected a tar file, found a folder; use {name}/*.tar for the shards in it"
+        )
+    manifest = path.with_name(MANIFEST)
+    folder = str(path.parent)
+    if folder not in manifests:
+        text = manifest.read_text(errors="replace") if manifest.is_file() else None
+        manifests[folder] = read_manifest(text, str(manifest))[1] if text is not None else {}
+    expected = manifests[folder].get(path.name)
+    if expected is not None:
+        check_against_manifest(status.st_size, expected, path, name)
+        return Shard(name, expected, "", False)
+    version = f"{status.st_size}-{status.st_mtime_ns}"
+    return Shard(name, cached_index(path, str(path.resolve()), version, name), "", False)
+
+
+def _open_remote(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard:
+    register_openers()
+    if name.startswith("pipe:"):
+        return Shard(name, cached_index(fetch_shard(name, ""), name, ""), "", True)
+    found = probe(name)
+    version = f"{found.size}-{found.version}"
+    folder, _, file = name.rpartition("/")
+    if "?" not in name and folder not in manifests:
+        text = fetch_text(f"{folder}/{MANIFEST}")
+        manifests[folder] = read_manifest(text, f"{folder}/{MANIFEST}")[1] if text is not None else {}
+    expected = manifests.get(folder, {}).get(file)
+    if expected is None:
+        return Shard(name, cached_index(fetch_shard(name, version), name, version), version, True)
+    if found.size is not None:
+        check_against_manifest(found.size, expected, Path(file), name)
+    return Shard(name, expected, version, True)
+
+
+def _refuse_duplicates(opened: ShardSet) -> None:
+    """Keys name samples in reports: one folder of shards holds each once. Other folders may be other data sets."""
+    folders: dict[str, list[Shard]] = {}
+    for shard in opened.shards:
+        folders.setdefault(shard.folder, []).append(shard)
+    for shards in folders.values():
+        keys = np.concatenate([shard.index.keys for shard in shards])
+        ordered = np.argsort(keys, kind="stable")
+        same = np.flatnonzero(keys[ordered[1:]] == keys[ordered[:-1]])
+        if len(same):
+            owners = np.repeat(np.arange(len(shards)), [len(shard.index) for shard in shards])
+            first, second = (shards[owners[i]].name for i in ordered[same[0] : same[0] + 2])
+            key = keys[ordered[same[0]]].decode()
+            raise V2FlowError(f"{second}: the key {key!r} is also in {first}; keys must be unique")
+
+
+def fetch_shard(name: str, version: str) -> Path:
+    """Fetches a remote shard into the cache, once for all processes of this machine, and gives its path.
+
+    What was fetched of it before an interruption is kept. Nothing is ever removed from the cache.
+
+    Raises:
+        V2FlowError: it cannot be read to its end.
+    """
+    digest = hashlib.sha256(f"{name}\n{version}".encode()).hexdigest()[:32]
+    final = cache_dir() / "shards" / f"{digest}.tar"
+    if final.exists():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(final.with_suffix(".lock")):
+        if not final.exists():
+            partial = final.with_suffix(".part")
+            (_run_pipe if name.startswith("pipe:") else _download)(name, version, partial)
+            os.replace(partial, final)
+    return final
+
+
+def _download(url: str, version: str, partial: Path) -> None:
+    have = partial.stat().st_size if partial.exists() else 0
+    tag = version.partition("-")[2]
+    with HttpStream(url, have if tag else 0, tag) as stream, partial.open("ab" if tag else "wb") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
+
+
+def _run_pipe(name: str, version: str, partial: Path) -> None:
+    try:
+        with gopen.gopen(name) as stream, partial.open("wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+    except OSError as error:
+        raise V2FlowError(f"{name}: the command failed ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
