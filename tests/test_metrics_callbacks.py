@@ -97,6 +97,15 @@ def test_logged_and_written_figures_are_those_of_evaluate(
     assert load_image(folder / "grid.png").shape == (3, 3 * 68, 5 * 68)  # three rows of five pictures
 
 
+def test_a_checkpoint_of_earlier_weights_is_not_named_as_the_one_scored(tmp_path: Path) -> None:
+    """Steps end between validations: last.ckpt is of step 2, the figures are of step 3."""
+    checkpoint = ModelCheckpoint(monitor="val/psnr", mode="max", save_last=True)
+    callback = ReconstructionCallback(final_features=False, grid_images=0)
+    trainer, _ = fit(tmp_path, [callback, checkpoint], limit_train_batches=2, max_steps=3)
+    report = metrics_file(trainer.log_dir)
+    assert report["step"] == 3 and report["checkpoint"] == "" and Path(checkpoint.last_model_path).is_file()
+
+
 @pytest.mark.parametrize("averaging_first", [True, False])
 def test_averaged_weights_are_scored_wherever_their_callback_stands(
     tmp_path: Path, averaging_first: bool

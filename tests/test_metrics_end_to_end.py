@@ -43,13 +43,13 @@ def shards(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="module")
 def run(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Folder of a run of four steps, and its metrics.json."""
+    """Folder of a run of three steps, and its metrics.json."""
     folder = tmp_path_factory.mktemp("run")
-    module = TokenizerModule(small_config(), OptimizerConfig(lr=0.01, total_steps=4))
+    module = TokenizerModule(small_config(), OptimizerConfig(lr=0.01, total_steps=3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("V2FLOW_CACHE", str(folder / "cache"))
         trainer = Trainer(
-            max_steps=4, accelerator="cpu", devices=1, logger=False, default_root_dir=folder,
+            max_steps=3, accelerator="cpu", devices=1, logger=False, default_root_dir=folder,
             enable_progress_bar=False, enable_model_summary=False,
             callbacks=[
                 ReconstructionCallback(floors=True, grid_images=4),
@@ -75,7 +75,7 @@ def test_evaluate_gives_the_figures_of_the_callback(
     )
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
     assert found["weights"].keys() == {"ema", "raw"} and report["weights"].keys() == {"ema"}
-    assert found["model"] == report["model"] == "V2FlowTokenizer" and found["step"] == report["step"] == 4
+    assert found["model"] == report["model"] == "V2FlowTokenizer" and found["step"] == report["step"] == 3
     callback, evaluated = report["weights"]["ema"], found["weights"]["ema"]
     assert callback["images"] == evaluated["images"] == 10
     assert callback["codebook"] == evaluated["codebook"]
@@ -90,6 +90,8 @@ def test_evaluate_gives_the_figures_of_the_callback(
     for name in ("keys_sha256", "pixels_sha256", "batch_size", "seed", "decode_modes"):
         assert report["protocol"][name] == found["protocol"][name]
     assert report["checkpoint"] == str(folder / "last.ckpt")
+    # Raw and averaged weights differ, or equal figures would show nothing.
+    assert found["weights"]["raw"]["modes"] != evaluated["modes"]
 
 
 def test_limit_modes_and_folds(run: tuple[Path, dict[str, Any]], shards: dict[str, str]) -> None:

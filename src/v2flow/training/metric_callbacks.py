@@ -49,8 +49,9 @@ class ReconstructionCallback(Callback):
 
     When training ends, the validation set (as far as `limit_val_batches` lets it) is scored in all modes of
     the module, by the code of `v2flow evaluate`, with the averaged weights if a weight-averaging callback is
-    there and with the raw ones otherwise. Sanity checking is skipped; fast_dev_run validates but leaves no
-    files.
+    there and with the raw ones otherwise. metrics.json names the last checkpoint only if it was written at the
+    last step, so that it holds the weights scored. Sanity checking is skipped; fast_dev_run validates but
+    leaves no files.
 
     Args:
         modes: which of the module's `decode_modes` to score at each validation; None for all.
@@ -174,9 +175,8 @@ class ReconstructionCallback(Callback):
         if self._result is None or not trainer.is_global_zero:
             return
         places = _checkpoints(trainer)
-        checkpoint = places.get("last checkpoint") or places.get("best checkpoint") or ""
         report = make_report(
-            checkpoint,
+            places.get("last checkpoint", "") if _last_is_current(trainer) else "",
             type(pl_module.model).__name__,
             trainer.global_step,
             self._result.figures,
@@ -259,6 +259,11 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
         "split": "val",
         "limit_val_batches": trainer.limit_val_batches,
     }
+
+
+def _last_is_current(trainer: Trainer) -> bool:
+    """Whether a checkpoint was written at the last step: the one that holds the weights just scored."""
+    return getattr(trainer.checkpoint_callback, "_last_global_step_saved", None) == trainer.global_step
 
 
 def _checkpoints(trainer: Trainer) -> dict[str, str]:
