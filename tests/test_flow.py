@@ -257,10 +257,7 @@ def test_residual_scale_follows_masked_residuals_in_training_only(batch) -> None
         latents = torch.randn(latents.shape, generator=g) * (1 + step)
         variances.append((latents - head.mean(condition))[mask].square().mean(0).detach())
         head.loss(latents, condition, mask, generator())
-        if step < 50:
-            expected = torch.stack(variances).mean(0)
-        else:
-            expected = 0.98 * expected + 0.02 * variances[-1]
+        expected = torch.stack(variances).mean(0) if step < 50 else 0.98 * expected + 0.02 * variances[-1]
         torch.testing.assert_close(head.residual_std, expected.sqrt(), rtol=1e-4, atol=1e-5)
 
 

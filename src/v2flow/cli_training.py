@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
 from v2flow.errors import V2FlowError
-from v2flow.training.checkpoint import initialise_from
+from v2flow.training.checkpoint import initialise_from, read_checkpoint
 from v2flow.training.data_module import ShardDataModule
 
 SHARED_DATA = Path("../shared/data")
+LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
+"""Words that Lightning accepts as --ckpt_path and resolves itself."""
 
 
 class TrainingCLI(LightningCLI):
@@ -46,15 +49,17 @@ class TrainingCLI(LightningCLI):
         )
 
     def _initialise(self) -> None:
+        """Takes the weights of `--init-from`, or looks at `--ckpt_path` before Lightning fails on it at length."""
         options: Any = self.config[self.subcommand]
-        if options.init_from is None:
-            return
-        if options.ckpt_path is not None:
+        if options.init_from is not None and options.ckpt_path is not None:
             raise V2FlowError(
                 "options --init-from and --ckpt_path: expected one of them; --ckpt_path resumes a run, "
                 "--init-from starts a new one from its weights"
             )
-        initialise_from(self.model.model, options.init_from)
+        if options.init_from is not None:
+            initialise_from(self.model.model, options.init_from)
+        elif options.ckpt_path is not None and options.ckpt_path not in LIGHTNING_CHECKPOINTS:
+            read_checkpoint(options.ckpt_path)
 
     def before_fit(self) -> None:
         self._initialise()
@@ -74,7 +79,7 @@ def run_training(arguments: list[str]) -> None:
     """
     # The experiment files find pictures that are not built here through this variable.
     os.environ.setdefault("V2FLOW_DATA", str(SHARED_DATA if SHARED_DATA.is_dir() else "data"))
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    _silence_lightning()
     settings = {"parser_mode": "omegaconf+", "exit_on_error": False}
     verbs: dict[str, Any] = {
         # argparse's own usage text would list a hundred options before saying anything.
@@ -114,6 +119,14 @@ def condense(message: str) -> str:
     text = " ".join(line for line in lines if line and not noise.match(line))
     text = re.sub(r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"unknown option '\1.\2'", text)
     return text.replace("unrecognized arguments:", "unknown option")
+
+
+def _silence_lightning() -> None:
+    """Leaves out what Lightning says about itself and a user can do nothing about."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    # Lightning 2.6 calls older names of jsonargparse and of PyTorch's pytree.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", module="lightning")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ A codec is frozen: it has no trainable parameters, stays in evaluation mode, and
 in checkpoints.
 """
 
+import hashlib
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ class ImageCodec(nn.Module):
         """Latents to images `[B, 3, H, W]`; values may leave [0, 1] a little."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the frozen weights, which no checkpoint holds; empty for a codec without any."""
+        return ""
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of pictures of this size.
 
@@ -57,6 +62,7 @@ class PatchCodec(ImageCodec):
         self.channels = 3 * config.patch_size**2
 
     def encode(self, images: Tensor) -> Tensor:
+        self.latent_shape(*images.shape[-2:])
         return F.pixel_unshuffle((images - self.shift) * self.scale, self.downsample)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -64,19 +70,40 @@ class PatchCodec(ImageCodec):
 
 
 class FrozenAutoencoder(ImageCodec):
-    """A frozen diffusers autoencoder; takes pixels in [-1, 1], latents are multiplied by `scale`."""
+    """A frozen diffusers autoencoder; takes pixels in [-1, 1], latents are multiplied by `scale`.
+
+    The autoencoder is held, not registered as a part: no state_dict, checkpoint, optimiser or weight average of a
+    module around it contains its weights, and copies of this codec share them. It follows the codec's device and
+    dtype, and is always in evaluation mode.
+    """
 
     def __init__(self, autoencoder: nn.Module, channels: int, downsample: int, scale: float) -> None:
         super().__init__()
-        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        # Inside a tuple torch does not find it.
+        self._held = (autoencoder.requires_grad_(False).eval(),)
+        self._fingerprint: str | None = None
         self.channels, self.downsample, self.scale = channels, downsample, scale
 
-    def train(self, mode: bool = True) -> "FrozenAutoencoder":
-        """Stays in evaluation mode: a frozen autoencoder has nothing to train."""
-        return super().train(False)
+    @property
+    def autoencoder(self) -> Any:
+        """The diffusers model."""
+        return self._held[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenAutoencoder":
+        self.autoencoder._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenAutoencoder":
+        return FrozenAutoencoder(self.autoencoder, self.channels, self.downsample, self.scale)
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = _hash_weights(self.autoencoder)
+        return self._fingerprint
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
+        self.latent_shape(*images.shape[-2:])
         encoded = self.autoencoder.encode(images * 2 - 1)
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         return latents * self.scale
@@ -84,6 +111,17 @@ class FrozenAutoencoder(ImageCodec):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents / self.scale).sample / 2 + 0.5
+
+
+def _hash_weights(module: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and values of a module's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_meta:
+            return "meta"
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # The published architecture of the reference's DC-AE (32 latent channels, 32 pixels a position).
@@ -116,10 +154,12 @@ def build_codec(config: CodecConfig, weights: bool = True) -> ImageCodec:
     from diffusers import AutoencoderDC, AutoencoderKL
 
     kind = AutoencoderDC if config.kind == "dc" else AutoencoderKL
-    if not weights:
-        autoencoder = kind(**_DC_F32C32) if config.kind == "dc" else kind()
-    else:
+    if weights:
         autoencoder = _load(kind, config)
+    elif config.kind == "dc":
+        autoencoder = kind(**_DC_F32C32)
+    else:
+        autoencoder = kind()
     blocks = autoencoder.config.get("encoder_block_out_channels") or autoencoder.config["block_out_channels"]
     return FrozenAutoencoder(
         autoencoder, autoencoder.config["latent_channels"], 2 ** (len(blocks) - 1), config.scale
@@ -128,7 +168,9 @@ def build_codec(config: CodecConfig, weights: bool = True) -> ImageCodec:
 
 def _load(kind: Any, config: CodecConfig) -> nn.Module:
     if config.path is None:
-        raise V2FlowError(f"option codec.path: kind {config.kind!r} needs a folder or hub id of a {kind.__name__}")
+        raise V2FlowError(
+            f"option codec.path: kind {config.kind!r} needs a folder or hub id of a {kind.__name__}"
+        )
     try:
         return kind.from_pretrained(config.path)
     except Exception as error:

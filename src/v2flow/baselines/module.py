@@ -32,6 +32,9 @@ class VQAutoencoderModule(ReconstructionModule):
             torch.manual_seed(seed)
             self.model: VQAutoencoder = VQAutoencoder(autoencoder)
 
+    def setup(self, stage: str) -> None:
+        self.model.follow_process_group()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         # The library replaces dead codes from torch's global generator.
         devices = [self.device] if self.device.type == "cuda" else []

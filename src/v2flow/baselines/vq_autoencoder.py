@@ -1,8 +1,9 @@
 """A plain VQ autoencoder: V2Flow's encoder, a library's cosine codebook, a feed-forward transformer decoder."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -23,7 +24,7 @@ class VQAutoencoderConfig:
     """Side of the square pictures."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     encoder: ResamplerConfig = field(default_factory=ResamplerConfig)
-    """Only width, depth and token_grid act here."""
+    """Width, depth and token_grid; the options of the vocabulary's read-out have no place here."""
     codebook_size: int = 1024
     """Number of codes K."""
     code_dim: int = 32
@@ -40,6 +41,20 @@ class VQAutoencoderConfig:
     """Attention heads of the decoder."""
     depth: int = 4
     """Blocks of the decoder: as many as V2Flow's masked decoder has in its two halves."""
+
+    def __post_init__(self) -> None:
+        acting = ResamplerConfig(self.encoder.width, self.encoder.depth, self.encoder.token_grid)
+        for name, value in asdict(acting).items():
+            if getattr(self.encoder, name) != value:
+                raise V2FlowError(f"option encoder.{name}: has no effect on the VQ autoencoder; leave it out")
+        for name, holds, expected in (
+            ("heads", self.width % self.heads == 0, f"a divisor of width {self.width}"),
+            ("width", self.width % 4 == 0, "a multiple of 4, for two-dimensional positions"),
+            ("codebook_size", self.codebook_size >= 2, "at least 2 codes"),
+            ("decay", 0 <= self.decay < 1, "a number in [0, 1)"),
+        ):
+            if not holds:
+                raise V2FlowError(f"option {name}: expected {expected}, found {getattr(self, name)!r}")
 
 
 class VQAutoencoder(nn.Module):
@@ -64,26 +79,29 @@ class VQAutoencoder(nn.Module):
                 f"option encoder.token_grid: {rows}x{columns} tokens need at least as many latent positions, "
                 f"found {height}x{width}"
             )
-        self.latent_grid, self.num_tokens, self.codebook_size = (height, width), rows * columns, config.codebook_size
+        self.latent_grid, self.num_tokens, self.codebook_size = (
+            (height, width),
+            rows * columns,
+            config.codebook_size,
+        )
         self.encoder = PatchEncoder(channels, config.encoder)
         self.to_code = nn.Linear(config.encoder.width, config.code_dim)
-        self.quantizer = VectorQuantize(
-            dim=config.code_dim,
-            codebook_size=config.codebook_size,
-            use_cosine_sim=True,
-            ema_update=True,
-            decay=config.decay,
-            commitment_weight=config.commitment,
-            threshold_ema_dead_code=config.dead_code_threshold,
-            kmeans_init=False,
-            rotation_trick=False,  # the plain straight-through gradient, as V2Flow's own codebook has
-            learnable_codebook=False,
-        )
+        self.quantizer = _cosine_codebook(config)
         self.from_code = nn.Linear(config.code_dim, config.width)
         self.positions = nn.Parameter(grid_positions(height, width, config.width))
         self.decoder = Transformer(config.width, config.depth, config.heads)
         self.output = nn.Linear(config.width, channels)
         self.register_buffer("above", token_above((rows, columns), (height, width)), persistent=False)
+
+    def follow_process_group(self) -> None:
+        """Let the codebook's statistics be those of all ranks, if there are several.
+
+        The library decides this when a codebook is made, and a model is made before its ranks are: call this once
+        they are.
+        """
+        codebook = _cosine_codebook(self.config)
+        codebook.load_state_dict(self.quantizer.state_dict())
+        self.quantizer = codebook.to(self.positions.device).train(self.quantizer.training)
 
     def losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss of pictures `[B, 3, H, W]` in [0, 1], and its terms: squared error (latent units), commitment."""
@@ -100,18 +118,28 @@ class VQAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Ids `[B, N]` long of pictures `[B, 3, H, W]` in [0, 1]."""
-        with inference(self):
-            latents = self.codec.encode(self._checked(images).float())
+        """Ids `[B, N]` long of pictures `[B, 3, H, W]` in [0, 1].
+
+        Raises:
+            V2FlowError: an empty batch, or pictures of another shape than the autoencoder was made for.
+        """
+        if not len(self._checked(images)):
+            raise V2FlowError("images: expected at least one picture, found an empty batch")
+        with inference(self), torch.autocast(images.device.type, enabled=False):
+            latents = self.codec.encode(images.float())
             ids: Tensor = self.quantizer(self.to_code(self.encoder(latents)))[1]
         return ids
 
     @torch.no_grad()
     def decode(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [0, 1] of ids `[B, N]`; nothing is drawn, the generator is not used."""
+        """Pictures `[B, 3, H, W]` in [0, 1] of ids `[B, N]`; nothing is drawn, the generator is not used.
+
+        Raises:
+            V2FlowError: ids of another shape or outside [0, K).
+        """
         check_ids(ids, self.num_tokens, self.codebook_size)
         with inference(self):
-            codes = self.quantizer.get_output_from_indices(ids)
+            codes = self.quantizer.get_output_from_indices(ids.to(self.positions.device))
             return self.codec.decode(self._latents(codes)).float().clamp(0, 1)
 
     def _checked(self, images: Tensor) -> Tensor:
@@ -119,3 +147,21 @@ class VQAutoencoder(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise V2FlowError(f"images: expected shape [B, 3, {size}, {size}], found {list(images.shape)}")
         return images
+
+
+def _cosine_codebook(config: VQAutoencoderConfig) -> VectorQuantize:
+    """The library's cosine codebook, every option that matters stated: its defaults change between versions."""
+    return VectorQuantize(
+        dim=config.code_dim,
+        codebook_size=config.codebook_size,
+        use_cosine_sim=True,
+        ema_update=True,
+        learnable_codebook=False,
+        decay=config.decay,
+        commitment_weight=config.commitment,
+        threshold_ema_dead_code=config.dead_code_threshold,
+        kmeans_init=False,
+        rotation_trick=False,  # the plain straight-through gradient, as V2Flow's own codebook has
+        stochastic_sample_codes=False,
+        sync_codebook=dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1,
+    )

@@ -1,230 +1,234 @@
-"""Shards from any folder of pictures, with captions beside the pictures or in a table."""
+"""Shards of your own pictures: any folder of images, with captions from text files or a CSV, or without."""
 
 import csv
 import hashlib
 import io
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from PIL import Image
 from tqdm import tqdm
 
-from v2flow.data.decode import FORMATS, BadSampleError, decode_image
-from v2flow.data.writer import SAMPLES_PER_SHARD, ShardWriter, already_built, counts_of, new_shards, split_of
+from v2flow.data.decode import BadSampleError, decode_image
+from v2flow.data.writer import Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
 
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats whose files go into shards as they are, and the members' extensions."""
-CONVERTED = ("BMP", "GIF", "TIFF")
-"""Formats whose first picture goes into shards as PNG."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+COPIED = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+"""Written as they are; pictures of the other formats become PNG."""
+CONVERTED = (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
 
 
 @dataclass
 class FolderReport:
-    """What became of a folder of pictures.
+    """What was built.
 
     Attributes:
-        samples: split -> samples.
-        captions: samples with a caption; None if the shards were there already.
-        bad: file, relative to the folder -> why it was skipped.
+        samples: by split.
+        captions: samples that have one.
+        bad: reason for each picture that was left out, by file.
     """
 
     samples: dict[str, int] = field(default_factory=dict)
-    captions: int | None = 0
+    captions: int = 0
     bad: dict[str, str] = field(default_factory=dict)
 
-    def summary(self) -> str:
-        """Lines of text."""
+    def __str__(self) -> str:
         counts = ", ".join(f"{count} {split}" for split, count in self.samples.items())
-        if self.captions is None:
-            return f"{counts}: complete already, nothing to do"
-        skipped = [f"skipped {file}: {reason}" for file, reason in self.bad.items()]
-        return "\n".join([*skipped, f"{counts}; {self.captions} with caption, {len(self.bad)} bad pictures skipped"])
-
-
-def key_of(file: str) -> str:
-    """The key of a file: its path in the folder without the last extension; dots and slashes become `_`.
-
-    >>> key_of("cats/img.v2.001.jpg")
-    'cats_img_v2_001'
-    """
-    return os.path.splitext(file)[0].replace("/", "_").replace(".", "_")
+        lines = [f"{sum(self.samples.values())} samples ({counts}), {self.captions} with a caption"]
+        lines += [f"left out: {file}: {reason}" for file, reason in self.bad.items()]
+        return "\n".join(lines)
 
 
 def build_folder(
-    source: Path,
-    out: Path,
-    captions: Path | None = None,
-    val: float = 0.05,
-    test: float = 0.05,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    max_bad: int = 100,
+    source: str | Path,
+    out: str | Path,
+    *,
+    captions: str | Path | None = None,
+    val_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    split_by: Literal["key", "folder"] = "key",
+    samples_per_shard: int = 1000,
+    processes: int = 2,
+    max_bad: int | None = None,
     progress: bool = True,
 ) -> FolderReport:
-    """Builds `{train,val,test}-*.tar` and their manifest from the pictures of a folder and its subfolders.
+    """Builds `train-*.tar`, `val-*.tar` and `test-*.tar` from a folder of pictures, with a manifest.
 
-    JPEG, PNG and WebP files are stored as they are, BMP, GIF and TIFF as PNG. Hidden files are left out. A folder
-    that holds the same build already is left as it is.
+    A key is the path within the folder without its extension, dots replaced by `_`. JPEG, PNG and WebP are
+    copied byte for byte; BMP, GIF, TIFF, PPM and JPEG 2000 become PNG. Each picture is decoded once, and those
+    that cannot be are left out and reported.
 
     Args:
-        source: the pictures; without `captions`, NAME.txt beside a picture is its caption.
-        out: a folder that does not exist, is empty, or holds this build.
-        captions: CSV file with the columns `file` (path in `source`) and `caption`; exactly its files are taken.
-        val, test: expected fractions of the splits, decided by the hash of the key.
+        source: the folder; subfolders are searched, hidden files are not.
+        out: folder of the shards, outside of `source` or without pictures in it.
+        captions: a CSV file with the columns `file` (relative to `source`) and `caption`; None takes the caption of
+            `a/b.jpg` from `a/b.txt` where there is one.
+        val_fraction, test_fraction: shares of the pictures, in [0, 1); 0 for no such split.
+        split_by: what stays together in a split: a picture (`key`) or a folder's pictures (`folder`). The split is
+            decided by a hash, so that adding pictures moves no other picture to another split.
         samples_per_shard: most samples in a shard.
-        max_bad: undecodable pictures to skip before it is an error.
-        progress: show a bar.
+        processes: how many decode.
+        max_bad: more bad pictures than this are an error; None for no limit.
+        progress: show a progress bar.
 
     Raises:
-        V2FlowError: no picture, two files of one key, a table that names a missing file, too many bad pictures,
-            a fraction out of range, or an `out` that holds something else.
+        V2FlowError: no pictures, two pictures of one key, a bad CSV, too many bad pictures, or other shards in `out`.
     """
-    if val < 0 or test < 0 or val + test > 1:
-        raise V2FlowError(f"options val and test: expected fractions that add up to at most 1, found {val} and {test}")
-    if not source.is_dir():
-        raise V2FlowError(f"{source}: no such folder; expected a folder of pictures")
-    texts = None if captions is None else _read_table(captions, source)
-    files = _list_pictures(source) if texts is None else list(texts)
-    if not files:
-        raise V2FlowError(f"{source}: no pictures; expected files {', '.join(SUFFIXES)}")
-    keys = _unique_keys(files, source)
-    recipe: dict[str, Any] = {"data": "folder", "version": 1, "source_sha256": _fingerprint(source, files, texts)}
-    recipe |= {"val": val, "test": test, "samples_per_shard": samples_per_shard}
-    built = already_built(out, recipe)
-    if built is not None:
-        return FolderReport(counts_of(built), None)
+    source, out = Path(source), Path(out)
+    _check_options(source, val_fraction, test_fraction, samples_per_shard)
+    files = _find_pictures(source, out)
+    texts = _read_csv(Path(captions), source, files) if captions is not None else None
+    splits = _assign_splits(files, source, val_fraction, test_fraction, split_by)
+    build: dict[str, Any] = {"kind": "folder", "val_fraction": val_fraction, "test_fraction": test_fraction}
+    build |= {"split_by": split_by, "samples_per_shard": samples_per_shard, "pictures": _digest(files, texts)}
     report = FolderReport()
-    # Mixed once, so that any first n pictures of a split are a fair sample of it.
-    order = sorted(files, key=lambda file: hashlib.sha256(keys[file].encode()).digest())
-    with new_shards(out, recipe, samples_per_shard) as writer:
-        for file in tqdm(order, "folder", unit="pic", disable=not progress):
-            split = split_of(keys[file], val, test)
-            try:
-                _add(writer, split, keys[file], source / file, None if texts is None else texts[file], report)
-            except BadSampleError as error:
-                _skip(report, source, file, str(error), max_bad)
-        if not writer.counts:
-            raise V2FlowError(f"{source}: none of its {len(files)} pictures can be decoded; the first: {_first(report)}")
-    report.samples = counts_of(writer.indexes)
+    finished = finished_build(out, build)
+    if finished is not None:
+        report.samples = finished
+        report.captions = sum(_caption(path, texts) is not None for path in files.values())
+        return report
+    samples = _samples(files, texts, splits, processes, max_bad, report, progress)
+    report.samples = write_shards(out, samples, build, samples_per_shard)
     return report
 
 
-def _add(
-    writer: ShardWriter, split: str, key: str, path: Path, caption: str | None, report: FolderReport
-) -> None:
+def _check_options(source: Path, val_fraction: float, test_fraction: float, samples_per_shard: int) -> None:
+    if not source.is_dir():
+        raise V2FlowError(f"{source}: no such folder of pictures")
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise V2FlowError(
+            "options val_fraction and test_fraction: expected at least 0 and less than 1 together, found "
+            f"{val_fraction} and {test_fraction}"
+        )
+    if samples_per_shard < 1:
+        raise V2FlowError(f"option samples_per_shard: expected at least 1, found {samples_per_shard}")
+
+
+def _find_pictures(source: Path, out: Path) -> dict[str, Path]:
+    """Key -> file, ordered by the hash of the key, so that the first samples are no special ones."""
+    files: dict[str, Path] = {}
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if any(part.startswith(".") for part in relative.parts) or out in path.parents:
+            continue
+        if path.suffix.lower() not in (*COPIED, *CONVERTED) or not path.is_file():
+            continue
+        key = relative.with_suffix("").as_posix().replace(".", "_")
+        if key in files:
+            raise V2FlowError(f"{path}: has the key {key!r}, as {files[key]} has; rename one of them")
+        files[key] = path
+    if not files:
+        raise V2FlowError(f"{source}: no pictures found; expected files {', '.join((*COPIED, *CONVERTED))}")
+    return dict(sorted(files.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()))
+
+
+def _read_csv(path: Path, source: Path, files: dict[str, Path]) -> dict[Path, str]:
+    """File -> caption."""
+    known, captions = set(files.values()), {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"file", "caption"} <= set(rows.fieldnames or ()):
+                found = ", ".join(rows.fieldnames or ()) or "nothing"
+                raise V2FlowError(
+                    f"{path}: expected the columns file and caption in the first line, found {found}"
+                )
+            for row in rows:
+                picture = source / (row["file"] or "")
+                if picture not in known:
+                    raise V2FlowError(f"{path}, line {rows.line_num}: no picture {picture}")
+                if picture in captions:
+                    raise V2FlowError(f"{path}, line {rows.line_num}: a second caption for {picture}")
+                captions[picture] = (row["caption"] or "").strip()
+    except FileNotFoundError as error:
+        raise V2FlowError(f"{path}: no such CSV file") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise V2FlowError(f"{path}: not a CSV file in UTF-8 ({error})") from error
+    return captions
+
+
+def _caption(path: Path, texts: dict[Path, str] | None) -> str | None:
+    if texts is not None:
+        return texts.get(path) or None
+    beside = path.with_suffix(".txt")
+    try:
+        return beside.read_text(encoding="utf-8-sig").strip() or None if beside.is_file() else None
+    except UnicodeDecodeError as error:
+        raise V2FlowError(f"{beside}: expected a caption in UTF-8, found other bytes") from error
+
+
+def _share(group: str) -> float:
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+
+
+def _assign_splits(
+    files: dict[str, Path], source: Path, val_fraction: float, test_fraction: float, split_by: str
+) -> dict[str, str]:
+    """Key -> split, by the hash of its group. A split that would stay empty takes one group of the training split."""
+    groups = {
+        k: k if split_by == "key" else p.parent.relative_to(source).as_posix() for k, p in files.items()
+    }
+    split_of: dict[str, str] = {}
+    for group in set(groups.values()):
+        share = _share(group)
+        test = share >= 1 - test_fraction
+        split_of[group] = "test" if test else "val" if share >= 1 - test_fraction - val_fraction else "train"
+    for split, fraction in (("test", test_fraction), ("val", val_fraction)):
+        training = sorted((g for g, s in split_of.items() if s == "train"), key=_share)
+        if fraction > 0 and split not in split_of.values() and len(training) > 1:
+            split_of[training[-1]] = split
+    return {key: split_of[group] for key, group in groups.items()}
+
+
+def _digest(files: dict[str, Path], texts: dict[Path, str] | None) -> str:
+    """Changes when pictures or captions are added, removed or changed."""
+    digest = hashlib.sha256()
+    for key, path in files.items():
+        status = path.stat()
+        digest.update(f"{key}\0{status.st_size}\0{status.st_mtime_ns}\0{_caption(path, texts)}\n".encode())
+    return digest.hexdigest()
+
+
+def _encode(path: Path) -> tuple[str, bytes] | str:
+    """Extension and bytes of a picture that decodes, or what is wrong with it."""
     try:
         data = path.read_bytes()
-        beside = path.with_suffix(".txt")
-        if caption is None and beside.is_file():
-            caption = beside.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSampleError(f"its caption {beside.name} is not UTF-8") from error
-    except OSError as error:
-        raise BadSampleError(f"cannot be read ({error.strerror})") from error
-    extension, data = _encoded(data)
-    members = {extension: data}
-    if caption is not None and caption.strip():
-        members["txt"] = caption.strip().encode()
-        report.captions = (report.captions or 0) + 1
-    writer.write(split, key, members)
-
-
-def _encoded(data: bytes) -> tuple[str, bytes]:
-    """Extension and bytes to store; the picture is decoded to its end to see that it can be."""
-    picture = decode_image(data, (*FORMATS, *CONVERTED))
-    with Image.open(io.BytesIO(data)) as image:
-        extension = EXTENSIONS.get(image.format or "")
-    if extension is not None:
+        extension = COPIED.get(path.suffix.lower())
+        picture = decode_image(data) if extension else decode_image(data, formats=None)
+    except (BadSampleError, OSError) as error:
+        return str(error)
+    if extension:
         return extension, data
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "png", buffer.getvalue()
 
 
-def _skip(report: FolderReport, source: Path, file: str, reason: str, max_bad: int) -> None:
-    report.bad[file] = reason
-    if len(report.bad) > max_bad:
-        raise V2FlowError(
-            f"{source / file}: {reason}; {len(report.bad)} bad pictures, more than max_bad={max_bad}: remove them or "
-            "raise the limit"
-        )
-
-
-def _first(report: FolderReport) -> str:
-    file, reason = next(iter(report.bad.items()))
-    return f"{file}: {reason}"
-
-
-def _list_pictures(source: Path) -> list[str]:
-    """Paths of the pictures relative to the folder, with `/`, sorted."""
-    found = []
-    for folder, subfolders, names in os.walk(source):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        found += [
-            (Path(folder) / name).relative_to(source).as_posix()
-            for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(found)
-
-
-def _unique_keys(files: list[str], source: Path) -> dict[str, str]:
-    """File -> key."""
-    owners: dict[str, str] = {}
-    for file in files:
-        key = key_of(file)
-        if key in owners:
-            raise V2FlowError(f"{source}: {owners[key]} and {file} both have the key {key!r}; rename one of them")
-        try:
-            key.encode()
-        except UnicodeEncodeError as error:
-            raise V2FlowError(f"{source}: the file name {file!r} is not UTF-8; rename it") from error
-        owners[key] = file
-    return {file: key for key, file in owners.items()}
-
-
-def _read_table(table: Path, source: Path) -> dict[str, str]:
-    """File -> caption of a CSV file."""
-    texts: dict[str, str] = {}
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            if not {"file", "caption"} <= set(reader.fieldnames or ()):
-                found = ", ".join(reader.fieldnames or ()) or "nothing"
-                raise V2FlowError(f"{table}: expected the columns file and caption in its first line, found {found}")
-            for row in reader:
-                file = os.path.normpath(row["file"] or "").replace(os.sep, "/")
-                place = f"{table}, line {reader.line_num}"
-                _check_row(file, source, place, texts)
-                texts[file] = row["caption"] or ""
-    except FileNotFoundError as error:
-        raise V2FlowError(f"{table}: no such file; expected a CSV file with the columns file and caption") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise V2FlowError(f"{table}: not a CSV file in UTF-8 ({str(error).splitlines()[0]})") from error
-    return texts
-
-
-def _check_row(file: str, source: Path, place: str, texts: Mapping[str, str]) -> None:
-    if file.startswith(("../", "/")):
-        raise V2FlowError(f"{place}: {file!r} is not inside {source}; expected a path relative to it")
-    if file in texts:
-        raise V2FlowError(f"{place}: {file!r} is named twice; remove one of the lines")
-    if not (source / file).is_file():
-        raise V2FlowError(f"{place}: no file {file!r} in {source}; correct or remove the line")
-
-
-def _fingerprint(source: Path, files: list[str], texts: Mapping[str, str] | None) -> str:
-    """Changes when a picture or caption does, by name, size and time."""
-    digest = hashlib.sha256()
-    for file in files:
-        path = source / file
-        if texts is not None:
-            digest.update(f"{file}\0{texts[file]}\0".encode())
-        for part in (path, path.with_suffix(".txt")) if texts is None else (path,):
-            status = part.stat() if part.is_file() else None
-            digest.update(f"{part.name} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
+def _samples(
+    files: dict[str, Path],
+    texts: dict[Path, str] | None,
+    splits: dict[str, str],
+    processes: int,
+    max_bad: int | None,
+    report: FolderReport,
+    progress: bool,
+) -> Iterator[Sample]:
+    with ProcessPoolExecutor(max(1, processes)) as pool:
+        encoded = pool.map(_encode, files.values(), chunksize=8)
+        bar = tqdm(encoded, "read pictures", len(files), unit="picture", disable=not progress, delay=2.0)
+        for (key, path), result in zip(files.items(), bar, strict=True):
+            if isinstance(result, str):
+                report.bad[str(path)] = result
+                if max_bad is not None and len(report.bad) > max_bad:
+                    raise V2FlowError(
+                        f"{path}: {result}; that makes {len(report.bad)} bad pictures, max_bad={max_bad}"
+                    )
+                continue
+            members = dict([result])
+            caption = _caption(path, texts)
+            if caption is not None:
+                members["txt"] = caption.encode()
+                report.captions += 1
+            yield Sample(splits[key], key, members)

@@ -7,7 +7,6 @@ indexes, written last; for others the index is made once and kept in the cache f
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -55,7 +54,7 @@ class ShardIndex:
 
     def missing(self, *fields: str) -> np.ndarray:
         """bool [n]: samples that have none of the fields."""
-        return (self.members[:, [FIELDS.index(field) for field in fields], 0] < 0).all(1)
+        return np.all(self.members[:, [FIELDS.index(field) for field in fields], 0] < 0, axis=1)
 
 
 def make_index(size: int, keys: Sequence[str], members: Sequence[Mapping[str, Sequence[int]]]) -> ShardIndex:
@@ -89,7 +88,7 @@ def index_tar(path: str | Path, name: str | None = None) -> ShardIndex:
         ) from error
 
 
-def _scan(file: io.BufferedReader, size: int, name: str) -> ShardIndex:
+def _scan(file: BinaryIO, size: int, name: str) -> ShardIndex:
     if size == 0:
         raise V2FlowError(f"{name}: an empty file; expected a tar file with at least one sample")
     keys: list[str] = []
@@ -141,7 +140,7 @@ def _add_member(
     fields[FIELDS[field]] = (member.offset_data, member.size)
 
 
-def _check_end(file: io.BufferedReader, end: int, size: int, samples: int, name: str) -> None:
+def _check_end(file: BinaryIO, end: int, size: int, samples: int, name: str) -> None:
     """A tar ends with blocks of zeros: without them it was cut, maybe between two members."""
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE).count(0) != tarfile.BLOCKSIZE:

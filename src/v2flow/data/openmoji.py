@@ -115,7 +115,7 @@ def render(path: Path, size: int) -> bytes:
 def build_openmoji(
     out: str | Path, size: int = 128, processes: int = 2, limit: int | None = None, progress: bool = True
 ) -> dict[str, int]:
-    """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of the captioned OpenMoji pictures; does nothing when they are there.
+    """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of the captioned OpenMoji pictures, unless they are there.
 
     Samples are KEY.png (on white) and KEY.txt, KEY being the code points. The skin-tone variants of a picture are
     one group, and a group lies in one split; 90, 5 and 5 % of the groups by their hash.

@@ -62,7 +62,7 @@ def expand_shards(shards: Shards, allow_pipe: bool = False) -> list[str]:
 def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
     try:
         names = list(braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise V2FlowError(
             f"shards {pattern!r}: a brace is not closed; expected e.g. train-{{000..012}}.tar"
         ) from error

@@ -21,7 +21,7 @@ class Sample:
 
     Attributes:
         split: `train`, `val` or `test`.
-        key: without dots in its last part.
+        key: unique in its build; without dots in its last part, as a key ends at a file name's first dot.
         members: extension -> bytes.
     """
 
@@ -85,24 +85,17 @@ def write_shards(
         Samples by split.
 
     Raises:
-        V2FlowError: two samples of one key, or none at all.
+        V2FlowError: two samples of one key, a key with a dot, or no samples at all.
     """
+    new = not out.exists()
     staging = out / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    keys: set[str] = set()
-    writers = {split: _SplitWriter(staging, split, samples_per_shard) for split in SPLITS}
-    for sample in samples:
-        if sample.key in keys:
-            raise V2FlowError(f"{out}: two samples of the key {sample.key!r}; keys must be unique")
-        keys.add(sample.key)
-        writers[sample.split].write(sample)
-    for writer in writers.values():
-        writer.close()
-    if not keys:
-        shutil.rmtree(staging)
-        raise V2FlowError(f"{out}: no samples to write")
-    indexes = {path.name: index_tar(path) for path in sorted(staging.glob("*.tar"))}
+    try:
+        indexes = _write_all(staging, samples, samples_per_shard)
+    except BaseException:  # also when interrupted from the keyboard
+        shutil.rmtree(out if new else staging, ignore_errors=True)
+        raise
     for name, text in (texts or {}).items():
         (staging / name).write_text(text)
     for path in sorted(staging.iterdir()):
@@ -110,6 +103,30 @@ def write_shards(
     write_manifest(out, indexes, build)
     staging.rmdir()
     return count_by_split(indexes)
+
+
+def _write_all(folder: Path, samples: Iterable[Sample], samples_per_shard: int) -> dict[str, ShardIndex]:
+    """Fills the shards and reads them back: file name -> index."""
+    keys: set[str] = set()
+    writers = {split: _SplitWriter(folder, split, samples_per_shard) for split in SPLITS}
+    try:
+        for sample in samples:
+            _check_key(sample.key, keys, folder.parent)
+            keys.add(sample.key)
+            writers[sample.split].write(sample)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if not keys:
+        raise V2FlowError(f"{folder.parent}: no samples to write")
+    return {path.name: index_tar(path) for path in sorted(folder.glob("*.tar"))}
+
+
+def _check_key(key: str, keys: set[str], out: Path) -> None:
+    if key in keys:
+        raise V2FlowError(f"{out}: two samples of the key {key!r}; keys must be unique")
+    if not key or "." in key.rpartition("/")[2]:
+        raise V2FlowError(f"{out}: the key {key!r} is empty or has a dot; replace the dots")
 
 
 class _SplitWriter:
@@ -127,13 +144,12 @@ class _SplitWriter:
         if self._archive is None or self._samples == self._most:
             self.close()
             path = self._folder / f"{self._split}-{self._shards:06d}.tar"
-            self._archive = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)
+            self._archive = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed in close)
             self._shards += 1
             self._samples = 0
         for extension, data in sample.members.items():
-            member = tarfile.TarInfo(
-                f"{sample.key}.{extension}"
-            )  # no owner, no time: the same bytes each time
+            # Neither owner nor time: the same bytes each time.
+            member = tarfile.TarInfo(f"{sample.key}.{extension}")
             member.size = len(data)
             self._archive.addfile(member, io.BytesIO(data))
         self._samples += 1

@@ -160,7 +160,7 @@ class ShardDataModule(LightningDataModule):
             self.num_workers,
             rank,
             ranks,
-            repeat=self.trainer is not None and self.trainer.overfit_batches > 0,
+            repeat=getattr(self.trainer, "overfit_batches", 0) > 0,
             progress=self._batch_progress if self.trainer is not None else None,
         )
         left = loader.total % loader.global_batch

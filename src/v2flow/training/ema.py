@@ -1,17 +1,20 @@
 """Exponential moving average of the weights, on Lightning's own callback.
 
-During validation the averaged weights stand in the module; a checkpoint's `state_dict` is the average and its
-`current_model_state` the raw weights.
+While it validates, and from the end of the training on, the averaged weights stand in the module. A checkpoint's
+`state_dict` is always the average and its `current_model_state` the raw weights, from which a training resumes.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from v2flow.errors import V2FlowError
+
+_LONGEST_HALF_LIFE = 0.05  # share of the run's steps
 
 
 class EMACallback(WeightAveraging):
@@ -19,43 +22,66 @@ class EMACallback(WeightAveraging):
     first weights.
 
     Buffers (codebook statistics, residual scale) are copied, not averaged: a mean of codebooks is no codebook. What
-    is frozen is shared with the copy, not stored twice.
+    is frozen (parameters without gradient, buffers that no checkpoint stores) is shared with the average, not copied.
 
     Args:
-        decay: largest decay; its half-life ln 2/(1 − decay) should be at most 5 % of the run's steps.
+        decay: largest decay. Where the length of the run is known, a decay whose half-life is longer than 5 % of it
+            is lowered to that.
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise V2FlowError(f"option decay of EMACallback: expected a number in [0, 1), found {decay}")
         self.decay = decay
-        self._swapped = False
+        self._limit = decay
+        self._validating = False
+        self._finished = False
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
     def decay_after(self, updates: int) -> float:
         """The decay of the update that follows `updates` of them."""
-        return min(self.decay, (1 + updates) / (10 + updates))
+        return min(self._limit, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
     def _average(self, averaged: Any, current: Any, updates: Tensor | int) -> None:
-        live = [(a, c) for a, c in zip(averaged, current, strict=True) if a is not c and a.is_floating_point()]
-        weight = 1 - self.decay_after(int(updates))
-        torch._foreach_lerp_([a for a, _ in live], [c for _, c in live], weight)
+        pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
+        if pairs:
+            weight = 1 - self.decay_after(int(updates))
+            torch._foreach_lerp_([a for a, _ in pairs], [c for _, c in pairs], weight)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average, without a second copy of what is frozen."""
+        if stage != "fit":
+            return
+        self._validating = self._finished = False
+        self._limit = min(self.decay, _longest_decay(trainer, pl_module))
+        frozen = [(slots, name, slots[name]) for slots, name in _frozen(pl_module)]
+        try:
+            for slots, name, _ in frozen:
+                slots[name] = None
+            super().setup(trainer, pl_module, stage)
+        finally:
+            for slots, name, tensor in frozen:
+                slots[name] = tensor
+        self._share_frozen(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Share what is frozen; only now is the module on its device."""
+        """Follow the module to its device, where its frozen buffers are new tensors."""
         assert self._average_model is not None
+        self._share_frozen(pl_module)
         self._average_model.to(pl_module.device)
-        for copy, part in zip(self._average_model.module.modules(), pl_module.modules(), strict=True):
-            for name in part._non_persistent_buffers_set:
-                copy._buffers[name] = part._buffers[name]
-            for name, parameter in part._parameters.items():
-                if parameter is not None and not parameter.requires_grad:
-                    copy._parameters[name] = parameter
+
+    def _share_frozen(self, pl_module: LightningModule) -> None:
+        assert self._average_model is not None
+        copies, parts = self._average_model.module.modules(), pl_module.modules()
+        for copy, part in zip(copies, parts, strict=True):
+            for slots, name in _frozen(part, recurse=False):
+                (copy._buffers if slots is part._buffers else copy._parameters)[name] = slots[name]
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_epoch_start(trainer, pl_module)
-        self._swapped = self._average_model is not None
+        if self._average_model is not None and not self._finished:
+            self._swap_models(pl_module)
+            self._validating = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_back(pl_module)
@@ -64,12 +90,46 @@ class EMACallback(WeightAveraging):
         """An error or signal inside validation: the raw weights go back before anybody saves them."""
         self._swap_back(pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._swapped:
-            raise V2FlowError("checkpoint: asked for while the averaged weights stand in for the raw ones; save after it")
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the average in the module; the raw weights are kept for checkpoints that are saved from now on."""
+        self._swap_models(pl_module)
+        self._finished = True
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._validating:
+            raise V2FlowError(
+                "checkpoint: asked for inside validation, while averaged weights stand in for the raw ones; "
+                "save after validation"
+            )
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._finished:
+            average, raw = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
 
     def _swap_back(self, pl_module: LightningModule) -> None:
-        if self._swapped:
+        if self._validating:
             self._swap_models(pl_module)
-            self._swapped = False
+            self._validating = False
+
+
+def _frozen(module: nn.Module, recurse: bool = True) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where frozen tensors hang: the dictionary of a module's buffers or parameters, and the name in it."""
+    for part in module.modules() if recurse else [module]:
+        for name in part._non_persistent_buffers_set:
+            if part._buffers[name] is not None:
+                yield part._buffers, name
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.requires_grad:
+                yield part._parameters, name
+
+
+def _longest_decay(trainer: Trainer, pl_module: LightningModule) -> float:
+    """The decay whose half-life is 5 % of the run; 1 when the run's length is not known.
+
+    The module's own clock comes first: it is the same in a run that is stopped early and resumed.
+    """
+    optimizer = getattr(pl_module, "optimizer_config", None)
+    steps = optimizer.total_steps if optimizer is not None else trainer.max_steps
+    return 0.5 ** (1 / (_LONGEST_HALF_LIFE * steps)) if steps > 0 else 1.0

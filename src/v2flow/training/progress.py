@@ -88,6 +88,7 @@ class RunProgressBar(ProgressBar):
             total=total,
             initial=initial,
             leave=leave,
+            delay=0.0 if leave else 2.0,  # a quick evaluation needs no bar
             unit="step" if name == "train" else "batch",
             dynamic_ncols=terminal,
             mininterval=0.5 if terminal else self.log_interval,
