@@ -85,7 +85,8 @@ EXTRAS_test := cli,test
 EXTRAS_lint := cli,test,lint
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS_$*)]"
+	@echo "v2flow: installing packages into $(VENV); the first time this takes some minutes"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS_$*)]"
 	@touch $@
 
 $(VENV)/bin/python:

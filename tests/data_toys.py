@@ -44,8 +44,8 @@ def numbered_shards(folder: Path, sizes: Iterable[int], extra: Mapping[int, byte
     for shard, size in enumerate(sizes):
         members = []
         for _ in range(size):
-            picture = (extra or {}).get(number, None)
-            members.append((f"{number:06d}.png", picture or numbered_picture(number)))
+            picture = (extra or {}).get(number, numbered_picture(number))
+            members.append((f"{number:06d}.png", picture))
             members.append((f"{number:06d}.txt", f"number {number}".encode()))
             number += 1
         write_tar(folder / f"s-{shard:06d}.tar", members)

@@ -80,8 +80,8 @@ def test_a_frozen_autoencoder_is_loaded_scaled_and_stays_in_evaluation_mode(
         expected = encoded.latent if kind == "dc" else encoded.latent_dist.mean
         torch.testing.assert_close(latents, expected * 0.5)
         torch.testing.assert_close(codec.decode(latents), plain.decode(expected).sample / 2 + 0.5)
-    assert not any(part.training for part in codec.modules())
-    assert not any(parameter.requires_grad for parameter in codec.parameters())
+    assert not any(part.training for part in codec.autoencoder.modules())
+    assert not any(parameter.requires_grad for parameter in codec.autoencoder.parameters())
 
 
 def test_a_codec_without_a_path_or_with_a_wrong_one_is_refused(tmp_path: Path) -> None:

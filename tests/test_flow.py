@@ -418,9 +418,9 @@ def test_guidance_moves_the_conditional_mean(kind: str) -> None:
 
 def test_guidance_schedules() -> None:
     linear = DecodeOptions(guidance=3.0, guidance_schedule="linear", iterations=4)
-    assert [linear.guidance_at(k) for k in range(4)] == [1.5, 2.0, 2.5, 3.0]
+    assert [linear.guidance_at(k, 4) for k in range(4)] == [1.5, 2.0, 2.5, 3.0]
     constant = DecodeOptions(guidance=3.0, iterations=4)
-    assert [constant.guidance_at(k) for k in range(4)] == [3.0] * 4
+    assert [constant.guidance_at(k, 4) for k in range(4)] == [3.0] * 4
 
 
 def test_linear_guidance_is_weaker_before_the_end() -> None:

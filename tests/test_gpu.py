@@ -4,8 +4,8 @@ import time
 
 import pytest
 import torch
-
 from core_toys import pictures
+
 from v2flow.config import TokenizerConfig, VocabularyConfig
 from v2flow.tokenizer import V2FlowTokenizer
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from v2flow.config import DecoderConfig
 from v2flow.errors import V2FlowError
-from v2flow.masked_decoder import MaskedAutoregressiveDecoder, _token_above, cosine_schedule, draw_mask
+from v2flow.masked_decoder import MaskedAutoregressiveDecoder, cosine_schedule, draw_mask, token_above
 
 TOKEN_DIM, CHANNELS, WIDTH, LATENT_GRID = 6, 5, 16, (8, 8)
 POSITIONS = 64
@@ -93,14 +93,14 @@ def test_null_replaces_the_tokens_of_its_pictures_only(prefix: str, batch) -> No
     assert not torch.allclose(condition[0], decoder(tokens, latents, mask)[0], atol=1e-4)
 
 
-def test_token_above_by_hand() -> None:
-    assert _token_above((2, 2), (4, 4)).view(4, 4).tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
-    assert _token_above((2, 1), (2, 3)).tolist() == [0, 0, 0, 1, 1, 1]
-    assert _token_above((8, 4), (8, 8)).view(8, 8)[3].tolist() == [12, 12, 13, 13, 14, 14, 15, 15]
-    assert _token_above((3, 3), (3, 3)).tolist() == list(range(9))
+def testtoken_above_by_hand() -> None:
+    assert token_above((2, 2), (4, 4)).view(4, 4).tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
+    assert token_above((2, 1), (2, 3)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert token_above((8, 4), (8, 8)).view(8, 8)[3].tolist() == [12, 12, 13, 13, 14, 14, 15, 15]
+    assert token_above((3, 3), (3, 3)).tolist() == list(range(9))
 
 
-def test_aligned_gives_each_position_the_token_above_it() -> None:
+def test_aligned_gives_each_position_thetoken_above_it() -> None:
     """Without attention in either stack a token reaches exactly the positions of its own cell."""
     torch.manual_seed(0)
     config = DecoderConfig(width=WIDTH, heads=2, encoder_depth=0, decoder_depth=0)

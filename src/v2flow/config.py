@@ -51,7 +51,9 @@ class VocabularyConfig:
     """Seed of the rows; only for source=random."""
 
     def __post_init__(self) -> None:
-        _require(self.size is None or self.size >= 2, "vocabulary.size", "null or at least 2 entries", self.size)
+        _require(
+            self.size is None or self.size >= 2, "vocabulary.size", "null or at least 2 entries", self.size
+        )
 
 
 @dataclass
@@ -66,9 +68,10 @@ class ResamplerConfig:
     """Rows and columns of visual tokens; latents are average-pooled onto this grid."""
     readout: Literal["keys", "linear"] = "keys"
     """keys: cosine similarity to a learned projection of the table; linear: one free row an entry."""
-    key_dim: int = 128
-    """Width of queries and keys; only for readout=keys."""
-    scale: float = 10.0
+    key_dim: int = 32
+    """Width of queries and keys; only for readout=keys. Narrow keys keep the tokens in few dimensions, where a
+    codebook of a thousand entries goes far."""
+    scale: float = 6.0
     """Largest logit of readout=keys: high values saturate the softmax and stop its gradient."""
     temperature: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """Softmax temperature at the start and at the end of the noise schedule (linear between)."""
@@ -132,10 +135,17 @@ class DecoderConfig:
     """Recompute activations in backward: less memory, a third more time."""
 
     def __post_init__(self) -> None:
-        _require(self.width % self.heads == 0, "decoder.heads", f"a divisor of width {self.width}", self.heads)
+        _require(
+            self.width % self.heads == 0, "decoder.heads", f"a divisor of width {self.width}", self.heads
+        )
         _require(len(self.mask_ratio) == 3 and 0 < self.mask_ratio[2] <= 1, "decoder.mask_ratio",
                  "mean, standard deviation, minimum in (0, 1]", self.mask_ratio)  # fmt: skip
-        _require(0 <= self.full_mask_share <= 1, "decoder.full_mask_share", "a share in [0, 1]", self.full_mask_share)
+        _require(
+            0 <= self.full_mask_share <= 1,
+            "decoder.full_mask_share",
+            "a share in [0, 1]",
+            self.full_mask_share,
+        )
         _require(0 <= self.null_probability < 1, "decoder.null_probability", "a share in [0, 1)",
                  self.null_probability)  # fmt: skip
 
@@ -148,7 +158,7 @@ class VelocityConfig:
     """per_position: an AdaLN MLP on each latent alone (the paper's); joint: attends over positions."""
     width: int = 192
     """Width of the field."""
-    depth: int = 3
+    depth: int = 2
     """Blocks."""
     heads: int = 6
     """Attention heads; only for kind=joint."""

@@ -117,7 +117,9 @@ def _draw_positions(
     return gather_positions(drawn, chosen) if head.field.joint else drawn
 
 
-def _velocity(head: FlowHead, condition: Tensor, known: Tensor, latents: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _velocity(
+    head: FlowHead, condition: Tensor, known: Tensor, latents: Tensor
+) -> Callable[[Tensor, float], Tensor]:
     """The velocity under one condition; a joint field sees the known positions' clean values."""
     clean = head.normalise(latents, condition) if head.field.joint else None
 

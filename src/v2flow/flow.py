@@ -62,7 +62,9 @@ class FlowHead(nn.Module):
     residual_std: Tensor
     residual_batches: Tensor
 
-    def __init__(self, channels: int, condition_dim: int, grid: tuple[int, int], config: VelocityConfig) -> None:
+    def __init__(
+        self, channels: int, condition_dim: int, grid: tuple[int, int], config: VelocityConfig
+    ) -> None:
         super().__init__()
         self.config = config
         self.field = build_field(channels, condition_dim, grid, config)
@@ -113,7 +115,9 @@ class FlowHead(nn.Module):
         """Weighted squared error `[B, M, C]` of one noise draw a position."""
         b, m, _ = target.shape
         device = target.device
-        t = draw_timesteps((b, 1) if self.field.joint else (b, m), self.config, generator, device).expand(b, m)
+        t = draw_timesteps((b, 1) if self.field.joint else (b, m), self.config, generator, device).expand(
+            b, m
+        )
         noise = torch.randn(target.shape, generator=generator, device=device)
         u = t[..., None]
         x = torch.where(mask[..., None], (1 - u) * target + u * noise, target)

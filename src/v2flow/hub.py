@@ -37,7 +37,9 @@ class PretrainedMixin(
         weights = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("codec.")}
         save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
         save_file(
-            {"table": model.raw_table()}, save_directory / VOCABULARY, metadata={"words": json.dumps(model.words)}
+            {"table": model.raw_table()},
+            save_directory / VOCABULARY,
+            metadata={"words": json.dumps(model.words)},
         )
         document = {
             "model_type": "v2flow-tokenizer",
@@ -103,7 +105,9 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
     for name in sorted(set(expected) | set(weights)):
         if name not in weights or name not in expected:
             side = "missing" if name in expected else "unexpected"
-            raise V2FlowError(f"{where}: {side} tensor {name!r}; is it a checkpoint of another configuration?")
+            raise V2FlowError(
+                f"{where}: {side} tensor {name!r}; is it a checkpoint of another configuration?"
+            )
         if expected[name].shape != weights[name].shape:
             raise V2FlowError(
                 f"{where}: tensor {name!r} has shape {list(weights[name].shape)}, the configuration needs "
@@ -125,11 +129,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError as error:
-        raise V2FlowError(f"{folder / CONFIG}: not found; expected a folder made by `v2flow export`") from error
+        raise V2FlowError(
+            f"{folder / CONFIG}: not found; expected a folder made by `v2flow export`"
+        ) from error
     except json.JSONDecodeError as error:
         raise V2FlowError(f"{folder / CONFIG}: not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("model_type") != "v2flow-tokenizer":
-        raise V2FlowError(f"{folder / CONFIG}: expected model_type 'v2flow-tokenizer'; is it another model's folder?")
+        raise V2FlowError(
+            f"{folder / CONFIG}: expected model_type 'v2flow-tokenizer'; is it another model's folder?"
+        )
     return document
 
 

@@ -1,7 +1,7 @@
 """The V2Flow tokenizer: codec, resampler, visual vocabulary, masked decoder and flow, assembled."""
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -129,7 +129,9 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             # Health figures from the first pictures only: over the whole batch they would cost as much as the look-up.
             entropy = SoftDistribution(soft.probabilities[:4], soft.embeddings[:4]).entropy().mean()
             agreement = self._agreement(soft.probabilities[:4], quantized.ids[:4])
-        return TokenizerLosses(total, flow.mean, flow.flow, quantized.commitment, entropy, agreement, quantized.ids)
+        return TokenizerLosses(
+            total, flow.mean, flow.flow, quantized.commitment, entropy, agreement, quantized.ids
+        )
 
     def _agreement(self, probabilities: Tensor, ids: Tensor) -> Tensor:
         """Share of tokens whose most probable word alone gives the same id as the soft mixture."""
@@ -144,10 +146,10 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         on batch size or threads is then far below any gap between codes, and the ids do not depend on it.
 
         Raises:
-            V2FlowError: an empty batch, or pictures of another shape than the tokenizer was made for.
+            V2FlowError: pictures of another shape than the tokenizer was made for.
         """
-        if not len(self._checked(images)):
-            raise V2FlowError("images: expected at least one picture, found an empty batch")
+        if not len(self._checked(images)) and not return_soft:
+            return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
         with inference(self), torch.autocast(images.device.type, enabled=False):
             latents = self.codec.encode(images.float())
             state = {k: v.double() for k, v in _state(self.resampler).items()}
@@ -205,8 +207,10 @@ def check_ids(ids: Tensor, num_tokens: int, codebook_size: int) -> None:
         V2FlowError: what is wrong with them.
     """
     if ids.ndim != 2 or ids.shape[1] != num_tokens or ids.is_floating_point():
-        raise V2FlowError(f"ids: expected integers of shape [B, {num_tokens}], found {ids.dtype} {list(ids.shape)}")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < codebook_size):
+        raise V2FlowError(
+            f"ids: expected integers of shape [B, {num_tokens}], found {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < codebook_size):
         raise V2FlowError(
             f"ids: expected values from 0 to {codebook_size - 1}, found {int(ids.min())} to {int(ids.max())}"
         )

@@ -128,7 +128,9 @@ class JointField(nn.Module):
 
     joint = True
 
-    def __init__(self, channels: int, condition_dim: int, grid: tuple[int, int], config: VelocityConfig) -> None:
+    def __init__(
+        self, channels: int, condition_dim: int, grid: tuple[int, int], config: VelocityConfig
+    ) -> None:
         super().__init__()
         width = config.width
         self.grid, self.fine_patch = grid, config.fine_patch

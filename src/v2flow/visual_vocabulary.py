@@ -86,7 +86,9 @@ class VisualVocabulary(nn.Module):
         """Set dead codes to random tokens of the batch, the same ones on every rank, with an average weight."""
         mean = self.counts.mean()
         dead = self.counts < self.config.revive_below * mean
-        pick = torch.randint(len(directions), (len(self.codes),), generator=generator, device=directions.device)
+        pick = torch.randint(
+            len(directions), (len(self.codes),), generator=generator, device=directions.device
+        )
         fresh = directions[pick]
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(fresh, src=0)

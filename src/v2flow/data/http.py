@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from webdataset import gopen
+from webdataset.gopen import gopen_schemes
 
 from v2flow.errors import V2FlowError
 
@@ -214,7 +214,7 @@ def open_http(
 
 def register_openers() -> None:
     """Makes webdataset read `http(s)` through :func:`open_http` instead of a curl process."""
-    gopen.gopen_schemes.update(http=open_http, https=open_http)
+    gopen_schemes.update(http=open_http, https=open_http)
 
 
 def _reason(error: BaseException, stall: float) -> str:

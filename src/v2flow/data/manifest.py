@@ -84,7 +84,7 @@ def index_tar(path: str | Path, name: str | None = None) -> ShardIndex:
         raise V2FlowError(f"{name}: no such shard; check the path and the braces") from error
     except (tarfile.TarError, EOFError) as error:
         raise V2FlowError(
-            f"{name}: not a complete, uncompressed tar file ({_first_line(error)}); copy or build it again"
+            f"{name}: cut short, or not an uncompressed tar file ({_first_line(error)}); copy or build it again"
         ) from error
 
 

@@ -30,7 +30,8 @@ def keyed_hashes(indices: np.ndarray, *key: int) -> np.ndarray:
     """One uint64 for each index, a pure function of (key, index)."""
     state = np.zeros(1, np.uint64)
     for part in key:
-        state = _mix(state + np.uint64(part & _MASK) * _M1 + _GOLDEN)
+        # Python's integers, as numpy warns when a scalar (not an array) wraps around.
+        state = _mix(state + np.uint64((part * int(_M1) + int(_GOLDEN)) & _MASK))
     return _mix(state + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 

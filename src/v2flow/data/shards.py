@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 import braceexpand
 import numpy as np
 from tqdm import tqdm
-from webdataset import gopen
+from webdataset.gopen import gopen
 
 from v2flow.data.http import HttpStream, fetch_text, probe, register_openers
 from v2flow.data.manifest import (
@@ -244,7 +244,7 @@ def _open_local(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard
 def _open_remote(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard:
     register_openers()
     if name.startswith("pipe:"):
-        return Shard(name, cached_index(fetch_shard(name, ""), name, ""), "", True)
+        return Shard(name, _index_of_fetched(name, ""), "", True)
     found = probe(name)
     version = f"{found.size}-{found.version}"
     folder, _, file = name.rpartition("/")
@@ -253,10 +253,19 @@ def _open_remote(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shar
         manifests[folder] = read_manifest(text, f"{folder}/{MANIFEST}")[1] if text is not None else {}
     expected = manifests.get(folder, {}).get(file)
     if expected is None:
-        return Shard(name, cached_index(fetch_shard(name, version), name, version), version, True)
+        return Shard(name, _index_of_fetched(name, version), version, True)
     if found.size is not None:
         check_against_manifest(found.size, expected, Path(file), name)
     return Shard(name, expected, version, True)
+
+
+def _index_of_fetched(name: str, version: str) -> ShardIndex:
+    path = fetch_shard(name, version)
+    try:
+        return cached_index(path, name, version)
+    except V2FlowError:
+        path.unlink(missing_ok=True)  # else the damaged copy would outlive the repair of its source
+        raise
 
 
 def _refuse_duplicates(opened: ShardSet) -> None:
@@ -305,7 +314,7 @@ def _download(url: str, version: str, partial: Path) -> None:
 
 def _run_pipe(name: str, version: str, partial: Path) -> None:
     try:
-        with gopen.gopen(name) as stream, partial.open("wb") as file:
+        with gopen(name) as stream, partial.open("wb") as file:
             shutil.copyfileobj(stream, file, 1 << 20)
     except OSError as error:
         raise V2FlowError(f"{name}: the command failed ({str(error).splitlines()[0]})") from error

@@ -25,9 +25,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise V2FlowError(f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?") from error
+        raise V2FlowError(
+            f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?"
+        ) from error
     if not isinstance(checkpoint, dict) or "v2flow" not in checkpoint:
-        raise V2FlowError(f"{path}: not a v2flow checkpoint (no entry 'v2flow'); expected one made by `v2flow fit`")
+        raise V2FlowError(
+            f"{path}: not a v2flow checkpoint (no entry 'v2flow'); expected one made by `v2flow fit`"
+        )
     return checkpoint
 
 

@@ -77,10 +77,14 @@ class ReconstructionModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, own = checkpoint.get("v2flow"), self.describe()
         if saved is None:
-            raise V2FlowError("checkpoint: not one of v2flow's (no entry 'v2flow'); expected a file made by `v2flow fit`")
+            raise V2FlowError(
+                "checkpoint: not one of v2flow's (no entry 'v2flow'); expected a file made by `v2flow fit`"
+            )
         for key, value in own.items():
             if saved.get(key) != value:
-                raise V2FlowError(f"checkpoint: {_difference(key, saved.get(key), value)}; resume with the same experiment")
+                raise V2FlowError(
+                    f"checkpoint: {_difference(key, saved.get(key), value)}; resume with the same experiment"
+                )
 
 
 def _difference(key: str, saved: Any, own: Any) -> str:

@@ -33,7 +33,9 @@ class OptimizerConfig:
                 f"found {self.total_steps} and {self.warmup_steps}"
             )
         if not 0 <= self.decay_share <= 1:
-            raise V2FlowError(f"option optimizer.decay_share: expected a share in [0, 1], found {self.decay_share}")
+            raise V2FlowError(
+                f"option optimizer.decay_share: expected a share in [0, 1], found {self.decay_share}"
+            )
 
     def factor(self, step: int) -> float:
         """Learning rate at `step` as a share of the peak."""
