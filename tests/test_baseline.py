@@ -63,7 +63,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_ids_are_of_the_stated_shape_and_range(model: VQAutoencoder) -> None:
     ids = model.encode(pictures(6))
     assert ids.shape == (6, model.num_tokens) == (6, 8) and ids.dtype == torch.long
-    assert 0 <= ids.min() and ids.max() < model.codebook_size == 32
+    assert ids.min() >= 0 and ids.max() < model.codebook_size == 32
     assert len(ids.unique()) > 2
 
 

@@ -252,7 +252,7 @@ def test_residual_scale_follows_masked_residuals_in_training_only(batch) -> None
     with torch.no_grad():
         head.loss(latents, condition, mask, generator())
     assert torch.equal(head.residual_std, before), "changed in evaluation or without gradients"
-    g, variances = generator(8), []
+    g, variances, expected = generator(8), [], torch.zeros(())
     for step in range(60):
         latents = torch.randn(latents.shape, generator=g) * (1 + step)
         variances.append((latents - head.mean(condition))[mask].square().mean(0).detach())

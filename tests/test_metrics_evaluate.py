@@ -212,3 +212,15 @@ def test_pictures_and_grids_are_8_bit_pngs(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("text")
     with pytest.raises(V2FlowError, match="bad.png: expected a picture"):
         load_image(tmp_path / "bad.png")
+
+
+def test_decode_modes_by_name_and_written_out() -> None:
+    known = {"one_step": {"steps": 1}, "sampled": {"steps": 10}}
+    assert select_modes(None, known) == known
+    assert select_modes(["sampled"], known) == {"sampled": {"steps": 10}}
+    written = "steps=8,temperature=0.5,solver=heun"
+    assert select_modes([written], known) == {written: {"steps": 8, "temperature": 0.5, "solver": "heun"}}
+    with pytest.raises(V2FlowError, match="unknown decode mode 'samled'; expected some of one_step, sampled"):
+        select_modes(["samled"], known)
+    with pytest.raises(V2FlowError, match="decode option 'step': unknown"):
+        select_modes(["step=8"], known)

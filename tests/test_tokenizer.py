@@ -18,9 +18,10 @@ from v2flow.config import (
     VelocityConfig,
     VisualVocabularyConfig,
 )
+from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
 from v2flow.llm import LLMVocabulary
-from v2flow.tokenizer import V2FlowTokenizer, decode_options
+from v2flow.tokenizer import V2FlowTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,12 @@ def _add_evaluate(verbs: Any) -> None:
         "--weights", nargs="+", choices=("ema", "raw"), default=["ema", "raw"], help="default: both"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
-    parser.add_argument("--modes", nargs="+", metavar="MODE", help="some of the checkpoint's decode modes")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="MODE",
+        help="some of the checkpoint's decode modes, or written out: steps=8,temperature=0.5",
+    )
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="decides which noise a picture gets"
     )

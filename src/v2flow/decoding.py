@@ -1,8 +1,8 @@
 """From visual tokens to latents: AR iterations over positions, an ODE solve in each (paper section 3.3)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,19 @@ class DecodeOptions:
         if self.guidance_schedule == "constant":
             return self.guidance
         return 1.0 + (self.guidance - 1.0) * (iteration + 1) / iterations
+
+
+def decode_options(options: dict[str, Any]) -> DecodeOptions:
+    """`DecodeOptions` from keyword arguments.
+
+    Raises:
+        V2FlowError: an unknown name or a value out of range.
+    """
+    known = [f.name for f in fields(DecodeOptions)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise V2FlowError(f"decode option {unknown[0]!r}: unknown; expected one of {', '.join(known)}")
+    return DecodeOptions(**options)
 
 
 def draw_latents(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
 from v2flow.metrics.evaluator import ReconstructionEvaluator
 from v2flow.metrics.features import load_networks
@@ -257,20 +258,40 @@ def select_modes(
     """Decode modes by name -> options.
 
     Args:
-        wanted: names among `known`, or modes themselves, or None for all of `known`.
+        wanted: names among `known`, modes written out (``steps=8,temperature=0.5``), modes themselves, or None for
+            all of `known`.
         known: the checkpoint's own modes.
 
     Raises:
-        V2FlowError: a name that is not among `known`.
+        V2FlowError: a name that is not among `known`, or an option that decoding does not have.
     """
-    if isinstance(wanted, Mapping):
-        return {name: dict(options) for name, options in wanted.items()}
-    for name in wanted or ():
-        if name not in known:
+    if wanted is None or isinstance(wanted, Mapping):
+        return {name: dict(options) for name, options in (known if wanted is None else wanted).items()}
+    chosen = {}
+    for name in wanted:
+        if "=" in name:
+            chosen[name] = _written_out(name)
+        elif name in known:
+            chosen[name] = dict(known[name])
+        else:
             raise V2FlowError(
-                f"option modes: unknown decode mode {name!r}; expected some of {', '.join(known)}"
+                f"option modes: unknown decode mode {name!r}; expected some of {', '.join(known)}, "
+                "or one written out such as steps=8,temperature=0.5"
             )
-    return {name: dict(options) for name, options in known.items() if wanted is None or name in wanted}
+    return chosen
+
+
+def _written_out(mode: str) -> dict[str, Any]:
+    """`steps=8,solver=heun` as options, checked."""
+    options: dict[str, Any] = {}
+    for part in mode.split(","):
+        name, _, text = part.partition("=")
+        try:
+            options[name] = int(text) if text.isdigit() else float(text)
+        except ValueError:
+            options[name] = text
+    decode_options(options)
+    return options
 
 
 def describe_shards(data: str | list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from v2flow.codec import build_codec
 from v2flow.config import TokenizerConfig
-from v2flow.decoding import DecodeOptions, draw_latents
+from v2flow.decoding import decode_options, draw_latents
 from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead
 from v2flow.hub import PretrainedMixin
@@ -214,19 +214,6 @@ def check_ids(ids: Tensor, num_tokens: int, codebook_size: int) -> None:
         raise V2FlowError(
             f"ids: expected values from 0 to {codebook_size - 1}, found {int(ids.min())} to {int(ids.max())}"
         )
-
-
-def decode_options(options: dict[str, Any]) -> DecodeOptions:
-    """`DecodeOptions` from keyword arguments.
-
-    Raises:
-        V2FlowError: an unknown name or a value out of range.
-    """
-    known = [f.name for f in fields(DecodeOptions)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise V2FlowError(f"decode option {unknown[0]!r}: unknown; expected one of {', '.join(known)}")
-    return DecodeOptions(**options)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from v2flow.config import TokenizerConfig, to_dict
-from v2flow.tokenizer import V2FlowTokenizer, decode_options
+from v2flow.decoding import decode_options
+from v2flow.tokenizer import V2FlowTokenizer
 from v2flow.training.module import ReconstructionModule, seeded_generator, valid_images
 from v2flow.training.optimizer import OptimizerConfig
 
