@@ -62,7 +62,7 @@ class Recorder(LightningModule):
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Trainer(
         accelerator="cpu", devices=1, default_root_dir=folder, num_sanity_val_steps=0, **(quiet | options)
     )
@@ -94,8 +94,7 @@ def test_epochs_follow_the_order_and_validation_is_held_out(tmp_path: Path, data
     assert module.validated == [list(range(11))] * 3
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("saved", [3, 10, 14])
+@pytest.mark.parametrize(("saved", "workers"), [(3, 3), (10, 0), (14, 0), (14, 1)])
 def test_resume_at_any_step_is_as_if_never_interrupted(
     tmp_path: Path, data: dict[str, Any], workers: int, saved: int
 ) -> None:
@@ -143,7 +142,7 @@ def test_a_batch_lost_to_an_interruption_is_trained_on_after_the_resume(
     assert batches(module) + batches(resumed) == orders(data, 2)
 
 
-@pytest.mark.parametrize("size", [2, 8, 5])
+@pytest.mark.parametrize("size", [2, 8])
 def test_resume_with_another_batch_size_sees_the_same_samples(
     tmp_path: Path, data: dict[str, Any], size: int
 ) -> None:

