@@ -1,5 +1,6 @@
 """Codecs: exact patches, real diffusers autoencoders, clear refusals."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,43 @@ def test_the_published_dc_architecture_has_its_published_shape() -> None:
         codec = build_codec(CodecConfig(kind="dc", scale=0.41407), weights=False)
     assert codec.latent_shape(1024, 1024) == (32, 32, 32)
     assert codec.latent_shape(512, 512) == (32, 16, 16)
+
+
+def test_pictures_that_do_not_fit_are_refused_before_any_work(dc_folder: Path) -> None:
+    for config in (CodecConfig(patch_size=2), CodecConfig(kind="dc", path=str(dc_folder))):
+        with pytest.raises(V2FlowError, match="15x16.*multiples of 2.*nearest is 16x16"):
+            build_codec(config).encode(torch.zeros(1, 3, 15, 16))
+
+
+def test_a_frozen_autoencoder_is_in_no_state_and_copies_share_it(kl_folder: Path) -> None:
+    """Its weights would otherwise be in every checkpoint, twice with averaged weights."""
+    module = torch.nn.ModuleDict(
+        {"codec": build_codec(CodecConfig(kind="kl", path=str(kl_folder))), "layer": torch.nn.Linear(2, 2)}
+    )
+    assert set(module.state_dict()) == {"layer.weight", "layer.bias"}
+    assert {name for name, _ in module.named_parameters()} == {"layer.weight", "layer.bias"}
+    module.load_state_dict(module.state_dict(), strict=True)
+    twin = copy.deepcopy(module)
+    assert twin["codec"].autoencoder is module["codec"].autoencoder
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(twin["codec"].encode(images), module["codec"].encode(images))
+
+
+def test_a_frozen_autoencoder_follows_the_module_around_it(kl_folder: Path) -> None:
+    codec = build_codec(CodecConfig(kind="kl", path=str(kl_folder)))
+    torch.nn.Sequential(codec).double()
+    assert codec.encode(torch.zeros(1, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_the_fingerprint_names_the_weights(kl_folder: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    config = CodecConfig(kind="kl", path=str(kl_folder))
+    name = build_codec(config).fingerprint()
+    assert len(name) == 64 and build_codec(config).fingerprint() == name
+    other = AutoencoderKL.from_pretrained(kl_folder)
+    with torch.no_grad():
+        other.decoder.conv_out.bias[0] += 1e-3
+    other.save_pretrained(tmp_path)
+    assert build_codec(CodecConfig(kind="kl", path=str(tmp_path))).fingerprint() != name
+    assert build_codec(CodecConfig()).fingerprint() == ""

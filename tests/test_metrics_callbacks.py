@@ -65,8 +65,8 @@ def scored(module: ToyModule, gain: float) -> dict[str, Any]:
 def test_logged_and_written_figures_are_those_of_evaluate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = ModelCheckpoint(monitor="val/psnr", mode="max", save_last=True)
-    trainer, module = fit(tmp_path, [ReconstructionCallback(grid_images=5), checkpoint])
+    best, last = ModelCheckpoint(monitor="val/psnr", mode="max"), ModelCheckpoint(filename="last")
+    trainer, module = fit(tmp_path, [ReconstructionCallback(grid_images=5), best, last])
     assert module.model.gain.item() == pytest.approx(1.2)
     expected = scored(module, module.model.gain.item())
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -86,8 +86,11 @@ def test_logged_and_written_figures_are_those_of_evaluate(
     assert report["protocol"]["split"] == "val" and report["protocol"]["images"] == 10
     assert Path(report["checkpoint"]).name == "last.ckpt"
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("v2flow: ")]
-    for path in (checkpoint.best_model_path, checkpoint.last_model_path, f"{trainer.log_dir}/metrics.json"):
+    # PSNR falls from step 1 to step 2, so best and last are two files.
+    assert f"best checkpoint {best.best_model_path}, last checkpoint {last.best_model_path}" in line
+    for path in (best.best_model_path, last.best_model_path, f"{trainer.log_dir}/metrics.json"):
         assert path in line and Path(path).is_file()
+    assert "step=1" in best.best_model_path and Path(last.best_model_path).name == "last.ckpt"
     assert f"grid {trainer.log_dir}/grid.png" in line
     folder = Path(str(trainer.log_dir))
     assert sorted(path.name for path in (folder / "grids").iterdir()) == [
@@ -99,11 +102,11 @@ def test_logged_and_written_figures_are_those_of_evaluate(
 
 def test_a_checkpoint_of_earlier_weights_is_not_named_as_the_one_scored(tmp_path: Path) -> None:
     """Steps end between validations: last.ckpt is of step 2, the figures are of step 3."""
-    checkpoint = ModelCheckpoint(monitor="val/psnr", mode="max", save_last=True)
+    checkpoint = ModelCheckpoint(filename="last")
     callback = ReconstructionCallback(final_features=False, grid_images=0)
     trainer, _ = fit(tmp_path, [callback, checkpoint], limit_train_batches=2, max_steps=3)
     report = metrics_file(trainer.log_dir)
-    assert report["step"] == 3 and report["checkpoint"] == "" and Path(checkpoint.last_model_path).is_file()
+    assert report["step"] == 3 and report["checkpoint"] == "" and Path(checkpoint.best_model_path).is_file()
 
 
 @pytest.mark.parametrize("averaging_first", [True, False])

@@ -54,7 +54,7 @@ def run(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tup
             callbacks=[
                 ReconstructionCallback(floors=True, grid_images=4),
                 EMACallback(decay=0.9),
-                ModelCheckpoint(folder, monitor="val/psnr", mode="max", save_last=True),
+                ModelCheckpoint(folder, filename="last"),
             ],
         )  # fmt: skip
         data = ShardDataModule(16, **shards, batch_size=8, eval_batch_size=4)

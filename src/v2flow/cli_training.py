@@ -127,6 +127,8 @@ def _silence_lightning() -> None:
     # Lightning 2.6 calls older names of jsonargparse and of PyTorch's pytree.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", module="lightning")
+    # Each run has a folder of its own; Lightning says this of the parent folder when it will save nothing.
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

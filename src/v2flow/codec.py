@@ -153,7 +153,8 @@ def build_codec(config: CodecConfig, weights: bool = True) -> ImageCodec:
         return PatchCodec(config)
     from diffusers import AutoencoderDC, AutoencoderKL
 
-    kind = AutoencoderDC if config.kind == "dc" else AutoencoderKL
+    kind: Any = AutoencoderDC if config.kind == "dc" else AutoencoderKL
+    autoencoder: Any
     if weights:
         autoencoder = _load(kind, config)
     elif config.kind == "dc":
@@ -166,7 +167,7 @@ def build_codec(config: CodecConfig, weights: bool = True) -> ImageCodec:
     )
 
 
-def _load(kind: Any, config: CodecConfig) -> nn.Module:
+def _load(kind: Any, config: CodecConfig) -> Any:
     if config.path is None:
         raise V2FlowError(
             f"option codec.path: kind {config.kind!r} needs a folder or hub id of a {kind.__name__}"

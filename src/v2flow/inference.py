@@ -147,6 +147,7 @@ def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) 
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise V2FlowError(f"{folder}: expected a new or empty folder, found files; name another one")
+    model: Any
     model, info = load_model(checkpoint, weights)
     if not hasattr(model, "save_pretrained"):
         raise V2FlowError(

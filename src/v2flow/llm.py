@@ -54,7 +54,7 @@ class LLMVocabulary:
         if len(words) != len(table):
             raise V2FlowError(f"vocabulary {source}: {len(table)} embedding rows but {len(words)} words")
         table = table.float().contiguous()
-        digest = "meta" if table.is_meta else hashlib.sha256(table.cpu().numpy()).hexdigest()
+        digest = "meta" if table.is_meta else hashlib.sha256(table.cpu().numpy().data).hexdigest()
         return cls(table, list(words), digest, source)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LLMVocabulary":

@@ -23,6 +23,8 @@ class MaskedAutoregressiveDecoder(nn.Module):
         latent_grid: rows and columns of latent positions, L in all.
     """
 
+    above: Tensor
+
     def __init__(
         self, token_dim: int, token_grid: tuple[int, int], channels: int, latent_grid: tuple[int, int],
         config: DecoderConfig,

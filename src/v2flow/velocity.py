@@ -19,6 +19,8 @@ from v2flow.transformer import Attention, Mlp, grid_positions, init_linear
 class TimestepEmbedding(nn.Module):
     """Sinusoidal features of t in [0, 1] and a two-layer MLP; the features are computed in fp32."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, features: int = 128) -> None:
         super().__init__()
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(features // 2) / (features // 2))
@@ -65,7 +67,7 @@ class PerPositionField(nn.Module):
         self.output = nn.Linear(width, channels)
         init_linear(self)
         for block in self.blocks:
-            _zero(block.modulation)
+            _zero(block.get_submodule("modulation"))
         _zero(self.modulation)
         _zero(self.output)
 
@@ -104,10 +106,8 @@ class FineBlock(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.modulation = nn.Linear(control, 2 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        _zero(self.modulation)
+        _zero(self.conv2)
 
     def forward(self, x: Tensor, control: Tensor) -> Tensor:
         shift, scale = self.modulation(control).transpose(1, 2)[..., None].chunk(2, dim=1)
@@ -145,7 +145,7 @@ class JointField(nn.Module):
         self.output = nn.Linear(width, channels)
         init_linear(self)
         for block in self.blocks:
-            _zero(block.modulation)
+            _zero(block.get_submodule("modulation"))
         _zero(self.modulation)
         _zero(self.output)
         if config.fine_patch > 1:
@@ -207,7 +207,7 @@ def build_field(
     return PerPositionField(channels, condition_dim, config)
 
 
-def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+def _zero(layer: nn.Module) -> None:
     """Zero modulations make each block the identity at first; a zero output predicts the mean."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -68,6 +68,8 @@ class VQAutoencoder(nn.Module):
         codebook_size: K.
     """
 
+    above: Tensor
+
     def __init__(self, config: VQAutoencoderConfig) -> None:
         super().__init__()
         self.config = config

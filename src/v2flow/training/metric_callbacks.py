@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -49,9 +49,9 @@ class ReconstructionCallback(Callback):
 
     When training ends, the validation set (as far as `limit_val_batches` lets it) is scored in all modes of
     the module, by the code of `v2flow evaluate`, with the averaged weights if a weight-averaging callback is
-    there and with the raw ones otherwise. metrics.json names the last checkpoint only if it was written at the
-    last step, so that it holds the weights scored. Sanity checking is skipped; fast_dev_run validates but
-    leaves no files.
+    there and with the raw ones otherwise. metrics.json names the checkpoint that was written at the last
+    step, if any: it holds the weights scored. Sanity checking is skipped; fast_dev_run validates but leaves
+    no files.
 
     Args:
         modes: which of the module's `decode_modes` to score at each validation; None for all.
@@ -176,7 +176,7 @@ class ReconstructionCallback(Callback):
             return
         places = _checkpoints(trainer)
         report = make_report(
-            places.get("last checkpoint", "") if _last_is_current(trainer) else "",
+            _scored_checkpoint(trainer),
             type(pl_module.model).__name__,
             trainer.global_step,
             self._result.figures,
@@ -261,16 +261,25 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _last_is_current(trainer: Trainer) -> bool:
-    """Whether a checkpoint was written at the last step: the one that holds the weights just scored."""
-    return getattr(trainer.checkpoint_callback, "_last_global_step_saved", None) == trainer.global_step
-
-
 def _checkpoints(trainer: Trainer) -> dict[str, str]:
     """The best and the last checkpoint, as far as they were written."""
-    callback = trainer.checkpoint_callback
-    paths = {
-        "best": getattr(callback, "best_model_path", ""),
-        "last": getattr(callback, "last_model_path", ""),
-    }
-    return {f"{name} checkpoint": path for name, path in paths.items() if path}
+    best = last = ""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            if callback.monitor is not None:
+                best = callback.best_model_path or best
+            # Without a monitor Lightning calls the newest checkpoint its best.
+            newest = callback.best_model_path if callback.monitor is None else ""
+            last = callback.last_model_path or newest or last
+    return {name: path for name, path in (("best checkpoint", best), ("last checkpoint", last)) if path}
+
+
+def _scored_checkpoint(trainer: Trainer) -> str:
+    """The checkpoint written at the last step, which holds the weights just scored; "" if there is none.
+
+    `last.ckpt` need not be it: with a monitor Lightning writes it only when the monitored value improves.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "_last_global_step_saved", None) == trainer.global_step:
+            return str(getattr(callback, "_last_checkpoint_saved", ""))
+    return ""

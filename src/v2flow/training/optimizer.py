@@ -63,7 +63,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def configure_adamw(module: nn.Module, config: OptimizerConfig) -> dict[str, Any]:
     """Lightning's answer to `configure_optimizers`: AdamW and a schedule that steps every optimiser step."""
     optimizer = torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay), lr=config.lr, betas=tuple(config.betas)
+        parameter_groups(module, config.weight_decay), lr=config.lr, betas=(config.betas[0], config.betas[1])
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
