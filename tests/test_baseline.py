@@ -105,6 +105,20 @@ def test_decode_is_what_the_loss_trained(model: VQAutoencoder) -> None:
     torch.testing.assert_close(terms["mean"], error)
 
 
+def test_each_token_stands_where_its_pixels_are() -> None:
+    """Without attention a token reaches no further than the pixels under it: 4 rows of 8 for a 4x2 grid on 16 px."""
+    model = VQAutoencoder(vq_config(depth=0))
+    ids = torch.randint(0, 32, (1, 8), generator=torch.Generator().manual_seed(0))
+    for token in range(8):
+        other = ids.clone()
+        other[0, token] = (other[0, token] + 1) % 32
+        changed = (model.decode(other) != model.decode(ids))[0].any(0)
+        expected = torch.zeros(16, 16, dtype=torch.bool)
+        row, column = 4 * (token // 2), 8 * (token % 2)
+        expected[row : row + 4, column : column + 8] = True
+        assert torch.equal(changed, expected)
+
+
 def test_the_encoder_is_v2flows() -> None:
     ours = V2FlowTokenizer(small_config()).resampler.encoder
     theirs = VQAutoencoder(vq_config()).encoder

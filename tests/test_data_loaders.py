@@ -153,6 +153,9 @@ def test_draws_belong_to_positions(tmp_path: Path) -> None:
     assert torch.equal(images(resumed), whole[16:])
     loader = train_loader(path, 8, **options)
     assert not torch.equal(images(loader), images(loader)), "drawn anew in each epoch"
+    for one in options:  # all pictures are alike, so only the draws can make two epochs differ
+        loader = train_loader(path, 8, **{one: True})
+        assert not torch.equal(images(loader), images(loader)), f"{one} is drawn anew in each epoch"
 
     first, last = (whole[:, 0, 0, place] * 25.5 for place in (0, -1))
     flipped = first > last

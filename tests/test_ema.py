@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -89,7 +89,7 @@ def fit(
     data = torch.zeros(STEPS, 4, 3)
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, callbacks=[*callbacks],
-        enable_checkpointing=any(isinstance(callback, OnExceptionCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, val_check_interval=2,
         num_sanity_val_steps=0,
     )  # fmt: skip
@@ -204,6 +204,46 @@ def test_a_checkpoint_saved_after_the_end_still_holds_both(tmp_path: Path) -> No
     torch.testing.assert_close(recorder.validated[-1], expected)
     torch.testing.assert_close(checkpoint["state_dict"]["layer.weight"], expected)
     assert torch.equal(checkpoint["current_model_state"]["layer.weight"], recorder.trained[-1])
+
+
+def test_model_checkpoints_after_validation_hold_both(tmp_path: Path) -> None:
+    """Lightning saves them when validation has just ended, and the last one at the end of the training."""
+    recorder, saver = Recorder(), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_last=True)
+    fit(Timed(10**6), tmp_path, EMACallback(decay=0.3), recorder, saver)
+    expected = averages(recorder.trained, 0.3)
+    paths = {"step=2.ckpt": 2, "step=4.ckpt": 4, "step=6.ckpt": 6, "last.ckpt": 6}
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == paths.keys()
+    for name, step in paths.items():
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        torch.testing.assert_close(checkpoint["state_dict"]["layer.weight"], expected[step - 1])
+        assert torch.equal(checkpoint["current_model_state"]["layer.weight"], recorder.trained[step - 1])
+
+
+@pytest.mark.parametrize("before", ["trained", "interrupted", "nothing"])
+def test_a_checkpoint_loaded_to_be_scored_gives_its_average(tmp_path: Path, before: str) -> None:
+    """By a callback that still holds both sets of weights of a training, as by a new one."""
+    path, recorder = tmp_path / "three.ckpt", Recorder()
+    module, callback = Timed(10**6), EMACallback(decay=0.3)
+    fit(module, tmp_path, callback, recorder, SaveAfter(3, path))
+    expected, raw = averages(recorder.trained, 0.3)[2], recorder.trained[2]
+    if before == "interrupted":
+        with pytest.raises(RuntimeError, match="disk is full"):
+            fit(module, tmp_path, callback, InValidation(2, fail))
+    if before == "nothing":
+        module, callback = Timed(10**6), EMACallback(decay=0.3)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[callback, recorder],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    data = DataLoader(torch.zeros(1, 4, 3), batch_size=None)
+    trainer.validate(module, data, ckpt_path=str(path), verbose=False, weights_only=True)
+    torch.testing.assert_close(recorder.validated[-1], expected)
+    torch.testing.assert_close(module.layer.weight.detach(), expected)
+    if before != "nothing":
+        trainer.save_checkpoint(tmp_path / "again.ckpt")
+        again = torch.load(tmp_path / "again.ckpt", weights_only=True)
+        torch.testing.assert_close(again["state_dict"]["layer.weight"], expected)
+        assert torch.equal(again["current_model_state"]["layer.weight"], raw)
 
 
 def test_what_is_frozen_is_shared_and_keeps_its_place(tmp_path: Path) -> None:

@@ -377,6 +377,32 @@ def test_iterations_reveal_each_position_once(kind: str, iterations: int) -> Non
     assert x.isfinite().all() and (x != 0).all()
 
 
+class KnownField(nn.Module):
+    """A joint field that keeps what it is shown of the known positions."""
+
+    joint = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
+        self.seen.append((x.clone(), known.clone()))
+        return 0.5 * x
+
+
+def test_a_joint_field_sees_clean_known_positions_at_every_step() -> None:
+    """As in training: revealed latents stay at their clean values while the others are integrated."""
+    head, field = make_head(target="velocity"), KnownField()
+    head.field = field
+    x = draw(head, BATCH, steps=3, iterations=4)
+    assert len(field.seen) == 12
+    counts = [int(known[0].sum()) for _, known in field.seen]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] > 0
+    for shown, known in field.seen:
+        assert torch.equal(shown[known], x[known])
+
+
 def test_later_iterations_read_earlier_ones() -> None:
     """Four iterations are more than four independent parts of one."""
     head = make_head(kind="per_position")
@@ -421,6 +447,15 @@ def test_guidance_schedules() -> None:
     assert [linear.guidance_at(k, 4) for k in range(4)] == [1.5, 2.0, 2.5, 3.0]
     constant = DecodeOptions(guidance=3.0, iterations=4)
     assert [constant.guidance_at(k, 4) for k in range(4)] == [3.0] * 4
+
+
+def test_linear_guidance_reaches_its_end_with_more_iterations_than_positions() -> None:
+    """Fifty iterations over 12 positions are twelve, and the last of those has the full scale."""
+    head = make_head(kind="per_position")
+    options = {"guidance": 3.0, "guidance_schedule": "linear"}
+    assert torch.equal(
+        draw(head, 2, iterations=50, **options), draw(head, 2, iterations=POSITIONS, **options)
+    )
 
 
 def test_linear_guidance_is_weaker_before_the_end() -> None:

@@ -1,6 +1,7 @@
 """The LLM's vocabulary: real packages, the documented subset, caches, refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,15 +120,21 @@ def test_a_gguf_is_read_once_and_then_comes_from_the_cache(tmp_path: Path, cache
     assert whole.words == WORDS and torch.equal(whole.table, table) and whole.sha256 != first.sha256
 
 
-def test_another_file_of_the_same_name_and_size_is_another_vocabulary(tmp_path: Path, cache: Path) -> None:
-    names = []
-    for folder, seed in (("a", 0), ("b", 1)):
-        (tmp_path / folder).mkdir()
-        write_gguf(tmp_path / folder / "model.gguf", seed, WORDS)
-        names.append(
-            load_vocabulary(VocabularyConfig(source=str(tmp_path / folder / "model.gguf"), size=2)).sha256
-        )
-    assert names[0] != names[1]
+@pytest.mark.parametrize("folders", [("a", "b"), ("a", "a")], ids=["elsewhere", "overwritten"])
+def test_another_file_of_the_same_name_and_size_is_another_vocabulary(
+    tmp_path: Path, cache: Path, folders: tuple[str, str]
+) -> None:
+    """Fine-tunes of one architecture differ in their rows alone."""
+    found = []
+    for seed, folder in enumerate(folders):
+        path = tmp_path / folder / "model.gguf"
+        path.parent.mkdir(exist_ok=True)
+        table = write_gguf(path, seed, WORDS)
+        os.utime(path, (seed, seed))
+        vocabulary = load_vocabulary(VocabularyConfig(source=str(path), size=2))
+        assert torch.equal(vocabulary.table, table[[1, 3]])
+        found.append((path.stat().st_size, vocabulary.sha256))
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path) -> None:

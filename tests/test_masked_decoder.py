@@ -66,6 +66,19 @@ def test_visible_latents_keep_their_places(prefix: str, batch) -> None:
     assert not torch.allclose(decoder(tokens, swapped, mask)[0], decoder(tokens, latents, mask)[0], atol=1e-5)
 
 
+def test_the_encoder_knows_the_places_of_visible_latents(batch) -> None:
+    """Without decoder blocks what is visible reaches masked positions through the encoded tokens alone."""
+    tokens, latents, mask = batch
+    torch.manual_seed(0)
+    config = DecoderConfig(width=WIDTH, heads=2, encoder_depth=2, decoder_depth=0)
+    decoder = MaskedAutoregressiveDecoder(TOKEN_DIM, (8, 8), CHANNELS, LATENT_GRID, config)
+    a, b = (~mask[0]).nonzero().flatten()[[0, -1]].tolist()
+    swapped = latents.clone()
+    swapped[0, [a, b]] = latents[0, [b, a]]
+    changed = (decoder(tokens, swapped, mask) - decoder(tokens, latents, mask)).abs().amax(-1)
+    assert (changed[0][mask[0]] > 1e-5).all()
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("token_grid", [(8, 8), (8, 4), (4, 4)])
 @pytest.mark.parametrize("masked", [64, 1, 0])
@@ -166,6 +179,13 @@ def test_masked_places_are_uniform() -> None:
     share = draw_mask(4000, 10, config, g, torch.device("cpu")).float().mean(0)
     # 4,000 draws: standard error 0.008. A ratio of 0.5001 masks 6 of 10 positions.
     assert ((share - share.mean()).abs() < 0.035).all()
+
+
+def test_masked_count_is_the_ratio_rounded_up() -> None:
+    # 64·0.49 = 31.4 and 10·0.49 = 4.9
+    config = DecoderConfig(full_mask_share=0.0, mask_ratio=[0.49, 1e-6, 0.4])
+    assert draw_counts(config, 64, 5).unique().tolist() == [32]
+    assert draw_counts(config, 10, 5).unique().tolist() == [5]
 
 
 def test_mask_ratios_follow_the_truncated_normal() -> None:

@@ -101,8 +101,8 @@ def test_logged_and_written_figures_are_those_of_evaluate(
 
 
 def test_a_checkpoint_of_earlier_weights_is_not_named_as_the_one_scored(tmp_path: Path) -> None:
-    """Steps end between validations: last.ckpt is of step 2, the figures are of step 3."""
-    checkpoint = ModelCheckpoint(filename="last")
+    """Steps end between validations: the checkpoint is of step 2, the figures are of step 3."""
+    checkpoint = ModelCheckpoint(monitor="val/psnr", mode="max")
     callback = ReconstructionCallback(final_features=False, grid_images=0)
     trainer, _ = fit(tmp_path, [callback, checkpoint], limit_train_batches=2, max_steps=3)
     report = metrics_file(trainer.log_dir)

@@ -101,6 +101,19 @@ def test_features_are_reported_with_standard_error_protocol_and_notes(tmp_path: 
     assert score(ColourTokenizer(), ToyLoader(10, 4), MODES, features=True) == found  # now from the cache
 
 
+def test_a_picture_that_could_not_be_decoded_leaves_no_trace() -> None:
+    """`valid` may be False in the middle of a batch; the other pictures keep their reconstructions and keys."""
+    (batch,) = ToyLoader(4, 4)
+    batch["valid"][1] = False
+    found = evaluate_model(ColourTokenizer(), [batch], MODES, features=False)
+    whole = ToyLoader(4, 4)
+    model = ColourTokenizer().eval()
+    kept = whole.images[[0, 2, 3]]
+    assert found["images"] == 3
+    psnr = psnr_per_image(kept, model.decode(model.encode(kept))).mean().item()
+    assert found["modes"]["mean"]["psnr"] == pytest.approx(psnr, abs=1e-9)
+
+
 def test_nothing_to_evaluate_is_an_error() -> None:
     with pytest.raises(V2FlowError, match="held no picture"):
         score(ColourTokenizer(), ToyLoader(0, 4), MODES)

@@ -146,9 +146,16 @@ def test_cache_is_named_by_content_and_survives_damage(
     assert torch.equal(read, first + 1)  # it is really read
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(cached_features(network, pictures, picture_digests(pictures), tmp_path), first)
-    for other in (photographs[:3], photographs[:4].flip(0), photographs[:4, :, :24, :24], pictures // 2):
+    same_first = torch.cat([pictures[:1], photographs[10:13]])
+    for other in (
+        same_first,
+        photographs[:3],
+        photographs[:4].flip(0),
+        photographs[:4, :, :24, :24],
+        pictures // 2,
+    ):
         cached_features(network, other, picture_digests(other), tmp_path)
-    assert len(list(tmp_path.rglob("*.npy"))) == 5
+    assert len(list(tmp_path.rglob("*.npy"))) == 6
     monkeypatch.setenv("V2FLOW_CACHE", str(tmp_path / "elsewhere"))
     cached_features(network, pictures, picture_digests(pictures), None)
     assert len(list((tmp_path / "elsewhere" / "features").rglob("*.npy"))) == 1

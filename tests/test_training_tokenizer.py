@@ -281,7 +281,7 @@ def test_one_batch_is_learned_by_heart_from_its_ids(shared_data: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = V2FlowTokenizer(config).train()
-    steps = 300
+    steps = 260
     setup = configure_adamw(
         model, OptimizerConfig(lr=4e-3, warmup_steps=10, total_steps=steps, weight_decay=0.0)
     )

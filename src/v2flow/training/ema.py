@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from v2flow.errors import V2FlowError
@@ -107,6 +108,17 @@ class EMACallback(WeightAveraging):
         if self._finished:
             average, raw = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """To train on, the raw weights go into the module; to score, the average, as after the training's end."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        elif self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            self._swap_models(pl_module)
+            self._finished = True
 
     def _swap_back(self, pl_module: LightningModule) -> None:
         if self._validating:
