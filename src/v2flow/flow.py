@@ -106,7 +106,7 @@ class FlowHead(nn.Module):
             # A plain mean over the first batches, then a running one.
             self.residual_batches += 1
             rate = self.residual_batches.reciprocal().clamp_min(0.02)
-            self.residual_std.copy_(self.residual_std.square().lerp(variance, rate).sqrt())
+            self.residual_std.copy_(self.residual_std.square().lerp(variance, rate).sqrt().clamp_min(1e-6))
         return residual / self.residual_std
 
     def _draw_error(
