@@ -14,6 +14,7 @@ from v2flow.config import VisualVocabularyConfig, VocabularyConfig
 from v2flow.errors import V2FlowError
 from v2flow.tokenizer import V2FlowTokenizer
 from v2flow.training.checkpoint import initialise_from, load_model, read_checkpoint
+from v2flow.training.module import _first_difference
 from v2flow.training.optimizer import OptimizerConfig
 from v2flow.training.tokenizer_module import TokenizerModule
 
@@ -287,3 +288,13 @@ def test_a_config_of_another_vocabulary_is_refused(
 def test_an_unknown_option_is_named(trained: tuple[TokenizerModule, Path], tmp_path: Path) -> None:
     path = edited(trained[1], tmp_path, lambda c: c["v2flow"]["config"]["decoder"].update(widht=3))
     refused(lambda: load_model(path), path, "widht")
+
+
+def test_options_that_do_not_touch_the_weights_may_change_at_resume() -> None:
+    saved = {"config": {"codec": {"path": "a", "scale": 1.0}, "decoder": {"checkpointing": False}}}
+    moved = {"config": {"codec": {"path": "b", "scale": 1.0}, "decoder": {"checkpointing": True}}}
+    scaled = {"config": {"codec": {"path": "b", "scale": 2.0}, "decoder": {"checkpointing": True}}}
+    assert _first_difference("", saved, moved) is None
+    assert _first_difference("", saved, scaled) == (
+        "config.codec.scale is 1.0 in the checkpoint and 2.0 in this experiment"
+    )

@@ -80,17 +80,20 @@ class ReconstructionModule(LightningModule):
             raise V2FlowError(
                 "checkpoint: not one of v2flow's (no entry 'v2flow'); expected a file made by `v2flow fit`"
             )
-        for key, value in own.items():
-            if saved.get(key) != value:
-                raise V2FlowError(
-                    f"checkpoint: {_difference(key, saved.get(key), value)}; resume with the same experiment"
-                )
+        difference = _first_difference("", saved, own)
+        if difference is not None:
+            raise V2FlowError(f"checkpoint: {difference}; resume with the same experiment")
 
 
-def _difference(key: str, saved: Any, own: Any) -> str:
-    """Name the first option that differs."""
+# Options that say where things lie or how memory is used, not what the weights mean.
+_FREE = {"config.codec.path", "config.vocabulary.source", "config.decoder.checkpointing"}
+
+
+def _first_difference(name: str, saved: Any, own: Any) -> str | None:
+    """The first option of this experiment that the checkpoint was not trained with."""
+    if name in _FREE or saved == own:
+        return None
     if isinstance(saved, dict) and isinstance(own, dict):
-        for name in own:
-            if saved.get(name) != own[name]:
-                return _difference(f"{key}.{name}", saved.get(name), own[name])
-    return f"{key} is {saved!r} in the checkpoint and {own!r} in this experiment"
+        inner = (_first_difference(f"{name}.{key}".lstrip("."), saved.get(key), own[key]) for key in own)
+        return next((found for found in inner if found is not None), None)
+    return f"{name} is {saved!r} in the checkpoint and {own!r} in this experiment"
