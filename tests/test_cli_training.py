@@ -89,8 +89,11 @@ def experiment(shards: dict[str, str], folder: Path, **trainer: Any) -> dict[str
                         "monitor": "val/psnr",
                         "mode": "max",
                         "filename": "best-{step}",
-                        "save_last": True,
                     },
+                },
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"filename": "last", "enable_version_counter": False},
                 },
                 {"class_path": f"{training}.progress.RunProgressBar"},
             ],
@@ -185,7 +188,10 @@ def test_resume_continues_and_init_from_starts_anew(
     assert "--init-from and --ckpt_path" in error_line(capsys, [*started, "--ckpt_path", checkpoint])
 
 
-def test_fast_dev_run_leaves_nothing(shards: dict[str, str], tmp_path: Path) -> None:
+def test_fast_dev_run_leaves_nothing(
+    shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where Lightning would put what it has no other place for
     config = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
     assert main(["fit", "--config", config, "--trainer.fast_dev_run=true"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["e.yaml"]
@@ -202,9 +208,10 @@ def test_overrides_reach_every_interpolated_value(
 
 
 def test_the_data_take_the_size_of_the_model(
-    shards: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
+    monkeypatch.chdir(tmp_path)
     words = ["--model.init_args.tokenizer.image_size=32", "--trainer.fast_dev_run=1"]
     assert main(["fit", "--config", config, *words]) == 0
 
