@@ -184,6 +184,11 @@ def test_a_frozen_codec_is_named_not_stored(tmp_path: Path) -> None:
         again.decode(ids, torch.Generator().manual_seed(0)),
         model.decode(ids, torch.Generator().manual_seed(0)),
     )
+    with torch.no_grad():
+        next(autoencoder.parameters()).add_(1.0)
+    autoencoder.save_pretrained(tmp_path / "kl")
+    with pytest.raises(V2FlowError, match="trained with the codec .* found .* at codec.path"):
+        V2FlowTokenizer.from_pretrained(tmp_path / "exported")
 
 
 def test_load_weights_is_strict_and_leaves_codecs_alone(tokenizer: V2FlowTokenizer) -> None:

@@ -44,6 +44,7 @@ class PretrainedMixin(
         document = {
             "model_type": "v2flow-tokenizer",
             "vocabulary_sha256": model.vocabulary_sha256,
+            "codec_sha256": model.codec.fingerprint(),
             "tokenizer": to_dict(model.config),
         }
         (save_directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
@@ -94,6 +95,7 @@ def load_folder(cls: Any, folder: Path) -> Any:
     vocabulary = _read_vocabulary(folder, config)
     check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
     model = cls(config, vocabulary)
+    check_codec(model.codec.fingerprint(), document.get("codec_sha256"), str(folder))
     weights, _ = read_tensors(folder / WEIGHTS)
     load_weights(model, weights, str(folder / WEIGHTS))
     return model.eval()
@@ -114,6 +116,15 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
                 f"{list(expected[name].shape)}; was it trained with another codebook size or LLM?"
             )
     model.load_state_dict(weights, strict=False)
+
+
+def check_codec(found: str, expected: str | None, where: str) -> None:
+    """Refuse weights that were trained on the latents of another frozen codec."""
+    if expected is not None and found != expected:
+        raise V2FlowError(
+            f"{where}: trained with the codec {expected[:12]}, found {found[:12]} at codec.path; "
+            "put back the autoencoder that it was trained with"
+        )
 
 
 def check_vocabulary(found: str, expected: str | None, where: str) -> None:

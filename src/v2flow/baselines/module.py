@@ -50,4 +50,8 @@ class VQAutoencoderModule(ReconstructionModule):
         self.log_losses({"loss": total} | terms, "val", len(images))
 
     def describe(self) -> dict[str, Any]:
-        return {"model": "VQAutoencoder", "config": to_dict(self.model.config)}
+        return {
+            "model": "VQAutoencoder",
+            "config": to_dict(self.model.config),
+            "codec_sha256": self.model.codec.fingerprint(),
+        }

@@ -9,7 +9,7 @@ from torch import nn
 
 from v2flow.config import TokenizerConfig, from_dict
 from v2flow.errors import V2FlowError
-from v2flow.hub import WEIGHTS, check_vocabulary, load_weights, read_tensors
+from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_tensors
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -53,11 +53,14 @@ def build_model(info: dict[str, Any], where: str) -> nn.Module:
 
         model = V2FlowTokenizer(from_dict(TokenizerConfig, info["config"], where))
         check_vocabulary(model.vocabulary_sha256, info.get("vocabulary_sha256"), where)
+        check_codec(model.codec.fingerprint(), info.get("codec_sha256"), where)
         return model
     if info["model"] == "VQAutoencoder":
         from v2flow.baselines.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
-        return VQAutoencoder(from_dict(VQAutoencoderConfig, info["config"], where))
+        baseline = VQAutoencoder(from_dict(VQAutoencoderConfig, info["config"], where))
+        check_codec(baseline.codec.fingerprint(), info.get("codec_sha256"), where)
+        return baseline
     raise V2FlowError(f"{where}: unknown model {info['model']!r}; expected V2FlowTokenizer or VQAutoencoder")
 
 

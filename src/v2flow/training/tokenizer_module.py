@@ -65,4 +65,5 @@ class TokenizerModule(ReconstructionModule):
             "model": "V2FlowTokenizer",
             "config": to_dict(self.model.config),
             "vocabulary_sha256": self.model.vocabulary_sha256,
+            "codec_sha256": self.model.codec.fingerprint(),
         }
