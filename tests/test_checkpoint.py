@@ -102,7 +102,7 @@ def test_the_frozen_table_is_not_stored(trained: tuple[TokenizerModule, Path]) -
 
     found = tensors(torch.load(path, weights_only=True))
     assert len(found) > 50
-    assert not any(t.shape == module.model.raw_table().shape for t in found)
+    assert not any(t.shape == module.model.vocabulary.table.shape for t in found)
 
 
 def test_round_trip(trained: tuple[TokenizerModule, Path]) -> None:

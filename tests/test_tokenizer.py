@@ -296,7 +296,7 @@ def test_the_table_is_in_no_state(tokenizer: V2FlowTokenizer) -> None:
     """Frozen rows are stored once in an exported folder and never in a checkpoint."""
     assert "resampler.table" not in tokenizer.state_dict()
     assert not any(value.shape == (60, 16) for value in tokenizer.state_dict().values())
-    assert tokenizer.raw_table().shape == (60, 16)
+    assert tokenizer.vocabulary.table.shape == (60, 16)
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -305,7 +305,7 @@ def test_the_table_is_centred_for_the_resampler_only(center: bool) -> None:
     config.vocabulary.center = center
     rows = torch.randn(60, 16, generator=generator()) + 3
     model = V2FlowTokenizer(config, LLMVocabulary.from_table(rows, [str(i) for i in range(60)], "random"))
-    assert torch.equal(model.raw_table(), rows)
+    assert torch.equal(model.vocabulary.table, rows)
     torch.testing.assert_close(model.resampler.table, rows - rows.mean(0) if center else rows)
 
 

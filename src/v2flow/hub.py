@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from v2flow.config import TokenizerConfig, from_dict, to_dict
 from v2flow.errors import V2FlowError
@@ -34,13 +34,9 @@ class PretrainedMixin(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model: V2FlowTokenizer = self  # type: ignore[assignment]
-        weights = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("codec.")}
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
-        save_file(
-            {"table": model.raw_table()},
-            save_directory / VOCABULARY,
-            metadata={"words": json.dumps(model.words)},
-        )
+        model.vocabulary.save(save_directory / VOCABULARY)
         document = {
             "model_type": "v2flow-tokenizer",
             "vocabulary_sha256": model.vocabulary_sha256,
@@ -96,14 +92,13 @@ def load_folder(cls: Any, folder: Path) -> Any:
     check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
     model = cls(config, vocabulary)
     check_codec(model.codec.fingerprint(), document.get("codec_sha256"), str(folder))
-    weights, _ = read_tensors(folder / WEIGHTS)
-    load_weights(model, weights, str(folder / WEIGHTS))
+    load_weights(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
     return model.eval()
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Strict load that leaves frozen codecs alone and names the first tensor that does not fit."""
-    expected = {k: v for k, v in model.state_dict().items() if not k.startswith("codec.")}
+    """Strict load that names the first tensor that does not fit."""
+    expected = model.state_dict()
     for name in sorted(set(expected) | set(weights)):
         if name not in weights or name not in expected:
             side = "missing" if name in expected else "unexpected"
@@ -115,7 +110,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
                 f"{where}: tensor {name!r} has shape {list(weights[name].shape)}, the configuration needs "
                 f"{list(expected[name].shape)}; was it trained with another codebook size or LLM?"
             )
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights)
 
 
 def check_codec(found: str, expected: str | None, where: str) -> None:
@@ -156,16 +151,11 @@ def _read_vocabulary(folder: Path, config: TokenizerConfig) -> LLMVocabulary:
     path = folder / VOCABULARY
     if not path.exists():
         return load_vocabulary(config.vocabulary)
-    tensors, metadata = read_tensors(path)
-    try:
-        table, words = tensors["table"], json.loads(metadata["words"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise V2FlowError(f"{path}: holds no table with its words; export the tokenizer again") from error
-    return LLMVocabulary.from_table(table, words, config.vocabulary.source)
+    return LLMVocabulary.load(path, config.vocabulary.source)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file.
 
     Raises:
         V2FlowError: missing or damaged.
@@ -173,7 +163,6 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not path.is_file():
         raise V2FlowError(f"{path}: not found; expected a folder made by `v2flow export`")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise V2FlowError(f"{path}: not a readable safetensors file ({error}); export it again") from error

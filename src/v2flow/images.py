@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from v2flow.data.decode import BadSampleError, decode_image
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import to_uint8
@@ -18,25 +19,23 @@ GRID_PICTURE = 64
 GRID_MARGIN = 2
 
 
-def load_image(path: str | Path) -> Tensor:
-    """A picture file as fp32 [3, H, W] in [0, 1]; transparency is laid on white.
+def read_picture(path: str | Path) -> Image.Image:
+    """A picture file in mode RGB, decoded as training pictures are, in any format that Pillow knows.
 
     Raises:
-        V2FlowError: the file is missing or is no picture that Pillow can decode.
+        V2FlowError: the file is missing or is no picture that can be decoded.
     """
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGBA")
+        return decode_image(Path(path).read_bytes(), formats=None)
     except FileNotFoundError as error:
         raise V2FlowError(f"{path}: no such picture file") from error
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise V2FlowError(
-            f"{path}: expected a picture (PNG, JPEG, WebP), found something else: {reason}"
-        ) from error
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    rgb = np.array(Image.alpha_composite(white, picture).convert("RGB"))
-    return torch.from_numpy(rgb).permute(2, 0, 1).float() / 255.0
+    except BadSampleError as error:
+        raise V2FlowError(f"{path}: expected a picture, found something else: {error}") from error
+
+
+def load_image(path: str | Path) -> Tensor:
+    """A picture file as fp32 [3, H, W] in [0, 1]; see :func:`read_picture`."""
+    return torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1).float() / 255.0
 
 
 def save_image(image: Tensor, path: str | Path) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v2flow.data.decode import BadSampleError, decode_image, square_crop
+from v2flow.data.decode import square_crop
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import FOLDER_MODES, select_modes
+from v2flow.images import read_picture
 from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import psnr_per_image
 from v2flow.training.checkpoint import load_model
@@ -41,13 +42,7 @@ class LoadedModel:
         Raises:
             V2FlowError: missing, or no picture that can be decoded.
         """
-        try:
-            image = decode_image(Path(path).read_bytes(), formats=None)
-        except FileNotFoundError as error:
-            raise V2FlowError(f"{path}: no such picture file") from error
-        except BadSampleError as error:
-            raise V2FlowError(f"{path}: expected a picture, found something else: {error}") from error
-        pixels = square_crop(image, self.model.config.image_size)
+        pixels = square_crop(read_picture(path), self.model.config.image_size)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     def encode(self, picture: Tensor) -> Tensor:

@@ -57,6 +57,21 @@ class LLMVocabulary:
         digest = "meta" if table.is_meta else hashlib.sha256(table.cpu().numpy().data).hexdigest()
         return cls(table, list(words), digest, source)
 
+    def save(self, path: Path) -> None:
+        """Write rows and words to one safetensors file."""
+        save_file({"table": self.table}, path, metadata={"words": json.dumps(self.words)})
+
+    @classmethod
+    def load(cls, path: Path, source: str) -> "LLMVocabulary":
+        """What `save` wrote.
+
+        Raises:
+            V2FlowError: the file is damaged or another one.
+        """
+        with _readable(path), safe_open(path, framework="pt") as file:
+            words = json.loads(file.metadata()["words"])
+            return cls.from_table(file.get_tensor("table"), words, source)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "LLMVocabulary":
         return self  # frozen: copies of a model share it
 
@@ -119,20 +134,14 @@ def _cached_gguf(config: VocabularyConfig, name: str, path: Callable[[], Path]) 
     cached = cache_dir() / "vocabularies" / f"{name}-{config.size or 'all'}.safetensors"
     if cached.exists():
         try:
-            return _read_cached(cached, config.source)
+            return LLMVocabulary.load(cached, config.source)
         except V2FlowError:
             cached.unlink()  # damaged: made again below
     vocabulary = _read_gguf(path(), config)
     cached.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(cached) as temporary:
-        save_file({"table": vocabulary.table}, temporary, metadata={"words": json.dumps(vocabulary.words)})
+        vocabulary.save(temporary)
     return vocabulary
-
-
-def _read_cached(path: Path, source: str) -> LLMVocabulary:
-    with _readable(path), safe_open(path, framework="pt") as file:
-        words = json.loads(file.metadata()["words"])
-        return LLMVocabulary.from_table(file.get_tensor("table"), words, source)
 
 
 @contextmanager

@@ -75,11 +75,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         channels, height, width = self.codec.latent_shape(config.image_size, config.image_size)
         self.latent_grid = (height, width)
         rows, columns = config.resampler.token_grid
-        if rows > height or columns > width:
-            raise V2FlowError(
-                f"option resampler.token_grid: {rows}x{columns} tokens need at least as many latent positions, "
-                f"found {height}x{width}; use a smaller grid, a smaller patch or a larger image_size"
-            )
+        check_token_grid("resampler.token_grid", (rows, columns), self.latent_grid)
         self.num_tokens = rows * columns
         self.codebook_size = config.visual_vocabulary.size
         self.resampler = VisualVocabularyResampler(channels, config.resampler, table)
@@ -89,21 +85,17 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         )
         self.head = FlowHead(channels, config.decoder.width, self.latent_grid, config.velocity)
 
-        self._vocabulary = vocabulary  # raw rows, for export; shared with every copy of this module
+        self.vocabulary = vocabulary  # the LLM's own rows, not centred; shared with every copy of this module
 
     @property
     def words(self) -> list[str]:
         """Strings of the LLM vocabulary entries, V of them."""
-        return self._vocabulary.words
+        return self.vocabulary.words
 
     @property
     def vocabulary_sha256(self) -> str:
         """Name of the frozen embedding rows that the weights belong to."""
-        return self._vocabulary.sha256
-
-    def raw_table(self) -> Tensor:
-        """The LLM's own embedding rows `[V, D]`, not centred."""
-        return self._vocabulary.table
+        return self.vocabulary.sha256
 
     def losses(
         self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
@@ -115,7 +107,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             generator: source of every random draw.
         """
         with torch.no_grad():
-            latents = self.codec.encode(self._checked(images))
+            latents = self.codec.encode(check_images(images, self.config.image_size))
         soft = self.resampler(latents, progress, generator)
         quantized = self.visual_vocabulary(soft.embeddings, generator)
         positions = latents.flatten(2).transpose(1, 2)
@@ -148,7 +140,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         Raises:
             V2FlowError: pictures of another shape than the tokenizer was made for.
         """
-        if not len(self._checked(images)) and not return_soft:
+        if not len(check_images(images, self.config.image_size)) and not return_soft:
             return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
         with inference(self), torch.autocast(images.device.type, enabled=False):
             latents = self.codec.encode(images.float())
@@ -191,13 +183,31 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         """`decode(encode(images))`."""
         return self.decode(self.encode(images), generator, **options)
 
-    def _checked(self, images: Tensor) -> Tensor:
-        size = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise V2FlowError(
-                f"images: expected shape [B, 3, {size}, {size}], found {list(images.shape)}; resize or crop first"
-            )
-        return images
+
+def check_token_grid(option: str, tokens: tuple[int, int], latents: tuple[int, int]) -> None:
+    """Refuse a token grid finer than the latents that are pooled onto it.
+
+    Raises:
+        V2FlowError: names `option` and both grids.
+    """
+    if tokens[0] > latents[0] or tokens[1] > latents[1]:
+        raise V2FlowError(
+            f"option {option}: {tokens[0]}x{tokens[1]} tokens need at least as many latent positions, found "
+            f"{latents[0]}x{latents[1]}; use a smaller grid, a smaller patch or a larger image_size"
+        )
+
+
+def check_images(images: Tensor, size: int) -> Tensor:
+    """The pictures, if they have the shape `[B, 3, size, size]`.
+
+    Raises:
+        V2FlowError: another shape.
+    """
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise V2FlowError(
+            f"images: expected shape [B, 3, {size}, {size}], found {list(images.shape)}; resize or crop first"
+        )
+    return images
 
 
 def check_ids(ids: Tensor, num_tokens: int, codebook_size: int) -> None:

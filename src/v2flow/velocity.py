@@ -65,11 +65,7 @@ class PerPositionField(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, channels)
-        init_linear(self)
-        for block in self.blocks:
-            _zero(block.get_submodule("modulation"))
-        _zero(self.modulation)
-        _zero(self.output)
+        _initialise(self)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
         control = F.silu(self.time(t) + self.condition(condition))
@@ -143,11 +139,7 @@ class JointField(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, channels)
-        init_linear(self)
-        for block in self.blocks:
-            _zero(block.get_submodule("modulation"))
-        _zero(self.modulation)
-        _zero(self.output)
+        _initialise(self)
         if config.fine_patch > 1:
             self._build_fine(channels, condition_dim, config)
 
@@ -207,7 +199,17 @@ def build_field(
     return PerPositionField(channels, condition_dim, config)
 
 
-def _zero(layer: nn.Module) -> None:
+def _initialise(field: PerPositionField | JointField) -> None:
     """Zero modulations make each block the identity at first; a zero output predicts the mean."""
+    init_linear(field)
+    for part in [
+        *(block.get_submodule("modulation") for block in field.blocks),
+        field.modulation,
+        field.output,
+    ]:
+        _zero(part)
+
+
+def _zero(layer: nn.Module) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

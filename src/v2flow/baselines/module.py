@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from v2flow.baselines.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
-from v2flow.config import to_dict
 from v2flow.training.module import ReconstructionModule, valid_images
 from v2flow.training.optimizer import OptimizerConfig
 
@@ -48,10 +47,3 @@ class VQAutoencoderModule(ReconstructionModule):
         images = valid_images(batch)
         total, terms = self.model.losses(images)
         self.log_losses({"loss": total} | terms, "val", len(images))
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "model": "VQAutoencoder",
-            "config": to_dict(self.model.config),
-            "codec_sha256": self.model.codec.fingerprint(),
-        }

@@ -12,7 +12,7 @@ from v2flow.config import CodecConfig, ResamplerConfig
 from v2flow.errors import V2FlowError
 from v2flow.masked_decoder import token_above
 from v2flow.resampler import PatchEncoder
-from v2flow.tokenizer import check_ids, inference
+from v2flow.tokenizer import check_ids, check_images, check_token_grid, inference
 from v2flow.transformer import Transformer, grid_positions
 
 
@@ -76,11 +76,7 @@ class VQAutoencoder(nn.Module):
         self.codec = build_codec(config.codec)
         channels, height, width = self.codec.latent_shape(config.image_size, config.image_size)
         rows, columns = config.encoder.token_grid
-        if rows > height or columns > width:
-            raise V2FlowError(
-                f"option encoder.token_grid: {rows}x{columns} tokens need at least as many latent positions, "
-                f"found {height}x{width}"
-            )
+        check_token_grid("encoder.token_grid", (rows, columns), (height, width))
         self.latent_grid, self.num_tokens, self.codebook_size = (
             (height, width),
             rows * columns,
@@ -108,7 +104,7 @@ class VQAutoencoder(nn.Module):
     def losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss of pictures `[B, 3, H, W]` in [0, 1], and its terms: squared error (latent units), commitment."""
         with torch.no_grad():
-            latents = self.codec.encode(self._checked(images))
+            latents = self.codec.encode(check_images(images, self.config.image_size))
         codes, _, commitment = self.quantizer(self.to_code(self.encoder(latents)))
         error = (self._latents(codes) - latents).square().mean()
         total = error + commitment.sum()
@@ -125,7 +121,7 @@ class VQAutoencoder(nn.Module):
         Raises:
             V2FlowError: an empty batch, or pictures of another shape than the autoencoder was made for.
         """
-        if not len(self._checked(images)):
+        if not len(check_images(images, self.config.image_size)):
             raise V2FlowError("images: expected at least one picture, found an empty batch")
         with inference(self), torch.autocast(images.device.type, enabled=False):
             latents = self.codec.encode(images.float())
@@ -143,12 +139,6 @@ class VQAutoencoder(nn.Module):
         with inference(self):
             codes = self.quantizer.get_output_from_indices(ids.to(self.positions.device))
             return self.codec.decode(self._latents(codes)).float().clamp(0, 1)
-
-    def _checked(self, images: Tensor) -> Tensor:
-        size = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise V2FlowError(f"images: expected shape [B, 3, {size}, {size}], found {list(images.shape)}")
-        return images
 
 
 def _cosine_codebook(config: VQAutoencoderConfig) -> VectorQuantize:

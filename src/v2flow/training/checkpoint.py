@@ -9,7 +9,7 @@ from torch import nn
 
 from v2flow.config import TokenizerConfig, from_dict
 from v2flow.errors import V2FlowError
-from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_tensors
+from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_weights
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -51,17 +51,18 @@ def build_model(info: dict[str, Any], where: str) -> nn.Module:
     if info["model"] == "V2FlowTokenizer":
         from v2flow.tokenizer import V2FlowTokenizer
 
-        model = V2FlowTokenizer(from_dict(TokenizerConfig, info["config"], where))
+        model: Any = V2FlowTokenizer(from_dict(TokenizerConfig, info["config"], where))
         check_vocabulary(model.vocabulary_sha256, info.get("vocabulary_sha256"), where)
-        check_codec(model.codec.fingerprint(), info.get("codec_sha256"), where)
-        return model
-    if info["model"] == "VQAutoencoder":
+    elif info["model"] == "VQAutoencoder":
         from v2flow.baselines.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
-        baseline = VQAutoencoder(from_dict(VQAutoencoderConfig, info["config"], where))
-        check_codec(baseline.codec.fingerprint(), info.get("codec_sha256"), where)
-        return baseline
-    raise V2FlowError(f"{where}: unknown model {info['model']!r}; expected V2FlowTokenizer or VQAutoencoder")
+        model = VQAutoencoder(from_dict(VQAutoencoderConfig, info["config"], where))
+    else:
+        raise V2FlowError(
+            f"{where}: unknown model {info['model']!r}; expected V2FlowTokenizer or VQAutoencoder"
+        )
+    check_codec(model.codec.fingerprint(), info.get("codec_sha256"), where)
+    return model
 
 
 def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[nn.Module, dict[str, Any]]:
@@ -90,6 +91,6 @@ def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tupl
 def initialise_from(model: nn.Module, path: str | Path) -> None:
     """Copy the averaged weights of a checkpoint or exported folder into `model` (`--init-from`)."""
     if Path(path).is_dir():
-        load_weights(model, read_tensors(Path(path) / WEIGHTS)[0], str(path))
+        load_weights(model, read_weights(Path(path) / WEIGHTS), str(path))
         return
     load_weights(model, model_weights(read_checkpoint(path), "ema"), str(path))

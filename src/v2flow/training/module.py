@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from v2flow.config import to_dict
 from v2flow.errors import V2FlowError
 from v2flow.training.optimizer import OptimizerConfig, configure_adamw
 
@@ -68,8 +69,13 @@ class ReconstructionModule(LightningModule):
         return configure_adamw(self.model, self.optimizer_config)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that rebuild the model from a checkpoint."""
-        raise NotImplementedError
+        """Plain values that rebuild the model from a checkpoint, and the hashes of what the checkpoint leaves out."""
+        model: Any = self.model
+        return {
+            "model": type(model).__name__,
+            "config": to_dict(model.config),
+            "codec_sha256": model.codec.fingerprint(),
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["v2flow"] = self.describe() | {"decode_modes": self.decode_modes}

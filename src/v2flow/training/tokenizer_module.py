@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from v2flow.config import TokenizerConfig, to_dict
+from v2flow.config import TokenizerConfig
 from v2flow.decoding import decode_options
 from v2flow.tokenizer import V2FlowTokenizer
 from v2flow.training.module import ReconstructionModule, seeded_generator, valid_images
@@ -61,9 +61,4 @@ class TokenizerModule(ReconstructionModule):
         self.log_losses(terms, "val", len(images))
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "model": "V2FlowTokenizer",
-            "config": to_dict(self.model.config),
-            "vocabulary_sha256": self.model.vocabulary_sha256,
-            "codec_sha256": self.model.codec.fingerprint(),
-        }
+        return super().describe() | {"vocabulary_sha256": self.model.vocabulary_sha256}
