@@ -313,6 +313,7 @@ VARIANTS = {
     "per position, velocity": {"velocity": VelocityConfig(kind="per_position", width=16, depth=1, target="velocity")},
     "per position, x0": {"velocity": VelocityConfig(kind="per_position", width=16, depth=1, target="x0", draws=2)},
     "joint without convolutions": {"velocity": VelocityConfig(width=16, depth=1, heads=2, fine_patch=1)},
+    "mean on the fine grid": {"velocity": VelocityConfig(width=16, depth=1, heads=2, fine_width=8, mean_depth=1)},
     "attend": {"decoder": DecoderConfig(width=16, heads=2, encoder_depth=1, decoder_depth=1, prefix="attend")},
     "linear, hard, noisy": {
         "resampler": ResamplerConfig(width=16, depth=1, token_grid=[2, 2], readout="linear", hard=True,
@@ -340,6 +341,26 @@ def test_every_option_trains_and_decodes(variant: str) -> None:
     ids = model.encode(pictures(4))
     assert torch.equal(model.encode(pictures(4)), ids)
     assert model.decode(ids, generator(), steps=2, iterations=2, guidance=1.5).isfinite().all()
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.59, 0.6, 1.0])
+def test_a_field_that_learns_alone(progress: float) -> None:
+    """Tokens and means learn before it and not beside it; the codebook's statistics stand still as well."""
+    torch.manual_seed(0)
+    velocity = VelocityConfig(width=16, depth=1, heads=2, fine_width=8, mean_depth=1, alone=0.4)
+    model = V2FlowTokenizer(small_config(velocity=velocity)).train()
+    buffers = {n: b.clone() for n, b in model.visual_vocabulary.named_buffers()}
+    losses = model.losses(pictures(8), progress, generator())
+    losses.total.backward()
+    learning = {n for n, p in model.named_parameters() if p.grad is not None}
+    field = {n for n, _ in model.named_parameters() if n.startswith("head.field.")}
+    others = {n for n, _ in model.named_parameters()} - field
+    alone = progress >= 0.6
+    assert learning == (field if alone else others)
+    assert (losses.flow > 0) == alone and losses.mean > 0
+    kept = [torch.equal(b, buffers[n]) for n, b in model.visual_vocabulary.named_buffers()]
+    assert all(kept) if alone else not any(kept)
+    assert model.windows() == {"head.field.": (0.6, 1.0), "": (0.0, 0.6)}
 
 
 def test_losses_are_bit_equal_for_equal_seeds() -> None:

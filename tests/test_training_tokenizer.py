@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,46 @@ def test_schedule_by_hand() -> None:
     assert config.factor(20) == config.factor(1000) == pytest.approx(0.01)
     constant = OptimizerConfig(warmup_steps=0, total_steps=20, decay_share=0.0)
     assert [constant.factor(k) for k in (0, 19, 500)] == [1.0] * 3
+
+
+def test_each_window_has_a_schedule_of_its_own() -> None:
+    config = OptimizerConfig(total_steps=40, warmup_steps=4, decay_share=0.5)
+    half = OptimizerConfig(total_steps=20, warmup_steps=4, decay_share=0.5)
+    first = [config.factor(k, 0.0, 0.5) for k in range(60)]
+    assert first == [half.factor(k) for k in range(20)] + [0.0] * 40
+    second = [config.factor(k, 0.5, 1.0) for k in range(60)]
+    assert second == [0.0] * 20 + [half.factor(k) for k in range(40)]
+
+
+def test_windows_share_out_every_parameter() -> None:
+    model = V2FlowTokenizer(small_config())
+    groups = parameter_groups(model, 0.1, {"head.field.": (0.6, 1.0), "": (0.0, 0.6)})
+    field = [id(p) for p in model.head.field.parameters()]
+    assert {id(p) for g in groups if g["window"] == (0.6, 1.0) for p in g["params"]} == set(field)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0] * 2
+
+
+def test_a_field_trained_last_leaves_the_rest_as_it_was(tmp_path: Path) -> None:
+    """The switch falls inside the run: whatever the optimiser remembers, tokens and means stand still after it."""
+    velocity = VelocityConfig(width=16, depth=1, heads=2, fine_width=8, alone=0.5)
+    kept: list[dict[str, Tensor]] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            kept.append({n: v.detach().clone() for n, v in pl_module.model.state_dict().items()})
+
+    module = TokenizerModule(small_config(velocity=velocity), OptimizerConfig(total_steps=8, warmup_steps=1))
+    trainer = Trainer(
+        max_steps=8, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, callbacks=[Keep()],
+    )  # fmt: skip
+    trainer.fit(module, loader())
+    moved = [{n for n in a if not torch.equal(a[n], b[n])} for a, b in pairwise(kept)]
+    assert all(not any(n.startswith("head.field.") for n in names) and names for names in moved[:3])
+    assert all(
+        names and all(n.startswith(("head.field.", "head.residual_")) for n in names) for names in moved[3:]
+    )
 
 
 def test_the_rate_changes_every_step(tmp_path: Path) -> None:

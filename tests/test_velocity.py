@@ -139,16 +139,6 @@ def test_nearby_times_are_told_apart_under_bf16() -> None:
     assert (exact[0] - exact[1]).abs().max() > 0.05
 
 
-def test_fine_positions_are_the_pixels_of_a_patch() -> None:
-    """Channels of a position are c·p² values in the order of pixel_unshuffle: the fine grid is the picture."""
-    field = make_field("joint with convolutions")
-    picture = torch.arange(2 * 4 * 6).view(1, 2, 4, 6).float()
-    latents = F.pixel_unshuffle(picture, 2).flatten(2).transpose(1, 2)
-    assert latents.shape == (1, POSITIONS, CHANNELS)
-    assert torch.equal(field._to_fine(latents), picture)
-    assert torch.equal(field._from_fine(picture), latents)
-
-
 @pytest.mark.parametrize("kind", FIELDS)
 def test_every_parameter_takes_part(kind: str, inputs) -> None:
     field = make_field(kind)

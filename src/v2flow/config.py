@@ -169,6 +169,12 @@ class VelocityConfig:
     """Channels of those convolutions."""
     fine_depth: int = 1
     """Residual blocks of two convolutions, before and after the transformer."""
+    mean_depth: int = 0
+    """Residual blocks of two convolutions on the fine grid behind the linear conditional mean, as wide as
+    `fine_width`; 0 = linear only. Only for kind=joint, fine_patch > 1 and target=residual."""
+    alone: float = 0.0
+    """Last share of the training, in which the field learns alone on frozen tokens and conditional means, and
+    before which it does not learn at all; 0 = everything together throughout. Only for target=residual."""
     target: Literal["residual", "x0", "velocity"] = "residual"
     """What flows: the normalised residual to the conditional mean; the latent with the error weighed in x_0;
     or the latent with the velocity loss (the reference)."""
@@ -193,8 +199,19 @@ class VelocityConfig:
         _require(self.fine_patch >= 1, "velocity.fine_patch", "at least 1", self.fine_patch)
         _require(self.kind != "joint" or self.fine_patch == 1 or self.fine_width % 4 == 0, "velocity.fine_width",
                  "a multiple of 4", self.fine_width)  # fmt: skip
+        fine_mean = self.kind == "joint" and self.fine_patch > 1 and self.target == "residual"
+        _require(self.mean_depth == 0 or (self.mean_depth > 0 and fine_mean), "velocity.mean_depth",
+                 "0 unless kind is joint, fine_patch above 1 and target residual", self.mean_depth)  # fmt: skip
+        _require(self.alone == 0 or (0 < self.alone < 1 and self.target == "residual"), "velocity.alone",
+                 "a share in [0, 1), and 0 unless target is residual", self.alone)  # fmt: skip
         _require(self.draws >= 1, "velocity.draws", "at least 1 draw", self.draws)
         _require(0 <= self.start_share <= 1, "velocity.start_share", "a share in [0, 1]", self.start_share)
+
+    def stage(self, progress: float) -> Literal["together", "tokens", "field"]:
+        """What learns at this share of the training: everything, all but the field, or the field alone."""
+        if self.alone == 0:
+            return "together"
+        return "tokens" if progress < 1 - self.alone else "field"
 
 
 @dataclass

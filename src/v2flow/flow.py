@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from v2flow.config import VelocityConfig
+from v2flow.fine_grid import FineMean
 from v2flow.velocity import build_field
 
 
@@ -50,6 +51,19 @@ def gather_positions(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def _build_mean(
+    channels: int, condition_dim: int, grid: tuple[int, int], config: VelocityConfig
+) -> nn.Module | None:
+    """Conditions to conditional means of latents, where the target has one."""
+    if config.mean_depth:
+        return FineMean(
+            channels, condition_dim, grid, config.fine_patch, config.fine_width, config.mean_depth
+        )
+    if config.target == "residual" or (config.target == "x0" and config.skip):
+        return nn.Linear(condition_dim, channels)
+    return None
+
+
 class FlowHead(nn.Module):
     """Conditions to distributions of latents.
 
@@ -68,15 +82,21 @@ class FlowHead(nn.Module):
         super().__init__()
         self.config = config
         self.field = build_field(channels, condition_dim, grid, config)
-        has_mean = config.target == "residual" or (config.target == "x0" and config.skip)
-        self.mean = nn.Linear(condition_dim, channels) if has_mean else None
+        self.mean = _build_mean(channels, condition_dim, grid, config)
         self.register_buffer("residual_std", torch.ones(channels))
         self.register_buffer("residual_batches", torch.zeros(()))
 
     def loss(
-        self, latents: Tensor, condition: Tensor, mask: Tensor, generator: torch.Generator | None = None
-    ) -> FlowLoss:
-        """Loss on the masked positions of `latents [B, L, C]` given `condition [B, L, W]`, `mask [B, L]`."""
+        self, latents: Tensor, condition: Tensor, mask: Tensor, generator: torch.Generator | None = None,
+        progress: float = 1.0,
+    ) -> FlowLoss:  # fmt: skip
+        """Loss on the masked positions of `latents [B, L, C]` given `condition [B, L, W]`, `mask [B, L]`.
+
+        Args:
+            progress: share of the training done. Where the field is to learn alone, its loss is zero until then
+                and the only one with a gradient afterwards.
+        """
+        stage = self.config.stage(progress)
         if not self.field.joint:
             # One ratio a batch: every row has the same number of masked positions, gathered before the field.
             count = int(mask[0].sum())
@@ -88,11 +108,12 @@ class FlowHead(nn.Module):
         target, mean_loss = latents, zero
         if self.config.target == "residual":
             assert self.mean is not None
-            mean = self.mean(condition).float()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage != "field"):
+                mean = self.mean(condition).float()
             mean_loss = ((latents - mean).square() * weight).sum()
             target = self._normalised_residual(latents - mean.detach(), weight)
         flow = zero
-        for _ in range(self.config.draws):
+        for _ in range(0 if stage == "tokens" else self.config.draws):
             error = self._draw_error(target, condition, mask, generator)
             flow = flow + (error * weight).sum() / self.config.draws
         return FlowLoss(mean_loss, flow, mean_loss + self.config.weight * flow)

@@ -103,19 +103,24 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         """Training losses of pictures `[B, 3, H, W]` in [0, 1].
 
         Args:
-            progress: share of the training done, for the schedules of noise and temperature.
+            progress: share of the training done, for the schedules of noise and temperature and for the stage
+                (`VelocityConfig.alone`).
             generator: source of every random draw.
         """
         with torch.no_grad():
             latents = self.codec.encode(check_images(images, self.config.image_size))
-        soft = self.resampler(latents, progress, generator)
-        quantized = self.visual_vocabulary(soft.embeddings, generator)
-        positions = latents.flatten(2).transpose(1, 2)
         batch, device = len(images), images.device
-        mask = draw_mask(batch, positions.shape[1], self.config.decoder, generator, device)
-        null = torch.rand(batch, generator=generator, device=device) < self.config.decoder.null_probability
-        condition = self.decoder(quantized.embeddings, positions, mask, null)
-        flow = self.head.loss(positions, condition, mask, generator)
+        positions = latents.flatten(2).transpose(1, 2)
+        frozen = self.config.velocity.stage(progress) == "field"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            soft = self.resampler(latents, progress, generator)
+            quantized = self.visual_vocabulary(soft.embeddings, generator)
+            mask = draw_mask(batch, positions.shape[1], self.config.decoder, generator, device)
+            null = (
+                torch.rand(batch, generator=generator, device=device) < self.config.decoder.null_probability
+            )
+            condition = self.decoder(quantized.embeddings, positions, mask, null)
+        flow = self.head.loss(positions, condition, mask, generator, progress)
         total = flow.total + self.config.visual_vocabulary.commitment * quantized.commitment
         with torch.no_grad():
             # Health figures from the first pictures only: over the whole batch they would cost as much as the look-up.
@@ -124,6 +129,11 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         return TokenizerLosses(
             total, flow.mean, flow.flow, quantized.commitment, entropy, agreement, quantized.ids
         )
+
+    def windows(self) -> dict[str, tuple[float, float]]:
+        """Prefixes of parameter names, and the shares of the training between which those parameters learn."""
+        alone = self.config.velocity.alone
+        return {"head.field.": (1 - alone, 1.0), "": (0.0, 1 - alone)} if alone else {"": (0.0, 1.0)}
 
     def _agreement(self, probabilities: Tensor, ids: Tensor) -> Tensor:
         """Share of tokens whose most probable word alone gives the same id as the soft mixture."""

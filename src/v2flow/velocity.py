@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow.config import VelocityConfig
-from v2flow.errors import V2FlowError
+from v2flow.fine_grid import FineBlock, FineOutput, check_fine, from_fine, to_fine, zero
 from v2flow.transformer import Attention, Mlp, grid_positions, init_linear
 
 
@@ -93,24 +93,6 @@ class JointBlock(nn.Module):
         return x + f * self.mlp(_modulate(self.norm2(x), d, e))
 
 
-class FineBlock(nn.Module):
-    """Residual 3×3 convolutions on the fine grid, modulated by the picture's timestep."""
-
-    def __init__(self, width: int, control: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.modulation = nn.Linear(control, 2 * width)
-        _zero(self.modulation)
-        _zero(self.conv2)
-
-    def forward(self, x: Tensor, control: Tensor) -> Tensor:
-        shift, scale = self.modulation(control).transpose(1, 2)[..., None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(_modulate(self.norm2(h), shift, scale)))
-
-
 class JointField(nn.Module):
     """A transformer over all positions: neighbouring patches agree on their noise.
 
@@ -144,32 +126,26 @@ class JointField(nn.Module):
             self._build_fine(channels, condition_dim, config)
 
     def _build_fine(self, channels: int, condition_dim: int, config: VelocityConfig) -> None:
+        check_fine(channels, config.fine_patch)
         p2, fine = config.fine_patch**2, config.fine_width
-        if channels % p2:
-            raise V2FlowError(
-                f"option velocity.fine_patch: expected a number whose square divides the codec's {channels} channels, "
-                f"found {config.fine_patch}; use 1 for latents that are not patches"
-            )
         self.fine_stem = nn.Conv2d(channels // p2, fine, 3, padding=1)
         self.fine_condition = nn.Linear(condition_dim, p2 * fine)
         self.fine_before = nn.ModuleList(FineBlock(fine, config.width) for _ in range(config.fine_depth))
         self.fine_after = nn.ModuleList(FineBlock(fine, config.width) for _ in range(config.fine_depth))
         self.inputs = nn.Linear(p2 * fine, config.width)
         self.output = nn.Linear(config.width, p2 * fine)
-        self.fine_output = nn.Sequential(
-            nn.GroupNorm(4, fine), nn.SiLU(), nn.Conv2d(fine, channels // p2, 3, padding=1)
-        )
-        _zero(self.output)
-        _zero(self.fine_output[-1])
+        self.fine_output = FineOutput(fine, channels // p2)
+        zero(self.output)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
         control = F.silu(self.time(t[:, :1]))
         fine = None
         if self.fine_patch > 1:
-            fine = self.fine_stem(self._to_fine(x)) + self._to_fine(self.fine_condition(condition))
+            local = to_fine(self.fine_condition(condition), self.grid, self.fine_patch)
+            fine = self.fine_stem(to_fine(x, self.grid, self.fine_patch)) + local
             for fine_block in self.fine_before:
                 fine = fine_block(fine, control)
-            x = self._from_fine(fine)
+            x = from_fine(fine, self.fine_patch)
         h = self.inputs(x) + self.condition(condition) + self.positions + known[..., None] * self.known
         for block in self.blocks:
             h = block(h, control)
@@ -177,17 +153,10 @@ class JointField(nn.Module):
         h = self.output(_modulate(self.norm(h), shift, scale))
         if fine is None:
             return h
-        fine = fine + self._to_fine(h)
+        fine = fine + to_fine(h, self.grid, self.fine_patch)
         for fine_block in self.fine_after:
             fine = fine_block(fine, control)
-        return self._from_fine(self.fine_output(fine))
-
-    def _to_fine(self, x: Tensor) -> Tensor:
-        """`[B, L, c·p²]` to the fine grid `[B, c, h·p, w·p]`."""
-        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, self.grid), self.fine_patch)
-
-    def _from_fine(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(x, self.fine_patch).flatten(2).transpose(1, 2)
+        return from_fine(self.fine_output(fine), self.fine_patch)
 
 
 def build_field(
@@ -207,9 +176,4 @@ def _initialise(field: PerPositionField | JointField) -> None:
         field.modulation,
         field.output,
     ]:
-        _zero(part)
-
-
-def _zero(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
+        zero(part)

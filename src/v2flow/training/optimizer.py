@@ -1,6 +1,8 @@
 """AdamW as MAR-style models are trained: no decay on biases, norms and embeddings; warm-up, constant, decay."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,16 +39,30 @@ class OptimizerConfig:
                 f"option optimizer.decay_share: expected a share in [0, 1], found {self.decay_share}"
             )
 
-    def factor(self, step: int) -> float:
-        """Learning rate at `step` as a share of the peak."""
-        warm = min((step + 1) / (self.warmup_steps + 1), 1.0)
-        left = max(self.total_steps - step, 0) / max(self.decay_share * self.total_steps, 1e-9)
+    def factor(self, step: int, begin: float = 0.0, end: float = 1.0) -> float:
+        """Learning rate at `step` as a share of the peak, for parameters that learn from the share `begin` of the
+        training to the share `end`: zero outside, with a warm-up and a decay of their own inside."""
+        first, last = begin * self.total_steps, end * self.total_steps
+        if step < first or (end < 1 and step >= last):
+            return 0.0
+        warm = min((step - first + 1) / (self.warmup_steps + 1), 1.0)
+        left = max(last - step, 0) / max(self.decay_share * (last - first), 1e-9)
         return warm * max(min(left, 1.0), 0.01 if self.decay_share else 1.0)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, with and without decay; none is left out."""
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+Windows = dict[str, tuple[float, float]]
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, windows: Windows | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups, with and without decay, none left out.
+
+    Args:
+        windows: prefixes of parameter names and the shares of the training between which those parameters learn;
+            the first prefix that fits counts. Each window has its two groups, under the key `window`.
+    """
+    windows = windows or {"": (0.0, 1.0)}
     decayed = {
         f"{prefix}.{name}" if prefix else name
         for prefix, part in module.named_modules()
@@ -54,16 +70,26 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         for name, _ in part.named_parameters(recurse=False)
         if name == "weight"
     }
-    return [
-        {"params": [p for n, p in trainable.items() if n in decayed], "weight_decay": weight_decay},
-        {"params": [p for n, p in trainable.items() if n not in decayed], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
+        (prefix, decays): {"params": [], "weight_decay": weight_decay if decays else 0.0, "window": window}
+        for prefix, window in windows.items()
+        for decays in (True, False)
+    }
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            prefix = next(p for p in windows if name.startswith(p))
+            groups[prefix, name in decayed]["params"].append(parameter)
+    return list(groups.values())
 
 
-def configure_adamw(module: nn.Module, config: OptimizerConfig) -> dict[str, Any]:
+def configure_adamw(
+    module: nn.Module, config: OptimizerConfig, windows: Windows | None = None
+) -> dict[str, Any]:
     """Lightning's answer to `configure_optimizers`: AdamW and a schedule that steps every optimiser step."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay), lr=config.lr, betas=(config.betas[0], config.betas[1])
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.factor)
+    groups = parameter_groups(module, config.weight_decay, windows)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    factors: list[Callable[[int], float]] = [
+        partial(config.factor, begin=group["window"][0], end=group["window"][1]) for group in groups
+    ]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

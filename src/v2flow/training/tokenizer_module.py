@@ -9,7 +9,7 @@ from v2flow.config import TokenizerConfig
 from v2flow.decoding import decode_options
 from v2flow.tokenizer import V2FlowTokenizer
 from v2flow.training.module import ReconstructionModule, seeded_generator, valid_images
-from v2flow.training.optimizer import OptimizerConfig
+from v2flow.training.optimizer import OptimizerConfig, configure_adamw
 
 
 class TokenizerModule(ReconstructionModule):
@@ -48,7 +48,12 @@ class TokenizerModule(ReconstructionModule):
             "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
         }  # fmt: skip
         self.log_losses(terms, "train", len(batch["image"]))
-        return losses.total
+        # Every parameter takes part in every step: ranks would wait for the gradients of those that do not learn.
+        idle = self.model.config.velocity.alone > 0 and self.trainer.world_size > 1
+        return losses.total + 0.0 * sum(p.sum() for p in self.model.parameters()) if idle else losses.total
+
+    def configure_optimizers(self) -> Any:
+        return configure_adamw(self.model, self.optimizer_config, self.model.windows())
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
