@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXPERIMENT ?= experiments/tokenizer/openmoji-32.yaml
+SUITE ?= experiments/benchmark/ablation-cifar10-32.yaml
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -24,18 +25,20 @@ START := $(shell date +%s)
 minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 
 .DEFAULT_GOAL := help
-.PHONY: help train-tokenizer evaluate test test-gpu lint format experiment-exists
+.PHONY: help train-tokenizer evaluate benchmark test test-gpu lint format experiment-exists
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train-tokenizer   train a tokenizer: data, training, figures, grid (no GPU needed)"
 	@echo "make evaluate          score the newest run of EXPERIMENT, or CHECKPOINT=..., on SHARDS=..."
+	@echo "make benchmark         train the rows of SUITE that have no result yet, and table all of them"
 	@echo "make test              run the tests"
 	@echo "make test-gpu          run the tests that need a CUDA GPU"
 	@echo "make lint              check style and types"
 	@echo "make format            put the code into the project's style"
 	@echo
 	@echo "EXPERIMENT=file.yaml   the experiment file; now $(EXPERIMENT)"
+	@echo "SUITE=file.yaml        the benchmark suite; now $(SUITE)"
 	@echo "ARGS=\"...\"             more words for the command, such as --trainer.max_steps=100"
 	@echo "VENV=folder            the virtual environment; now $(VENV)"
 	@echo
@@ -56,6 +59,9 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	@if [ -z "$(SHARDS)" ]; then \
 	  echo "v2flow: error: no test shards known for $(EXPERIMENT); name them with SHARDS=..." >&2; exit 2; fi
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" $(ARGS)
+
+benchmark: $(VENV)/.installed-cli
+	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest $(ARGS)

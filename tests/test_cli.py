@@ -33,6 +33,7 @@ ARGPARSE_VERBS = [
     ["decode"],
     ["reconstruct"],
     ["export"],
+    ["benchmark"],
 ]
 
 

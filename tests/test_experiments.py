@@ -9,7 +9,7 @@ import yaml
 
 from v2flow.cli import main
 
-EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").rglob("*.yaml"))
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments" / "tokenizer").glob("*.yaml"))
 
 
 def printed_config(path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

@@ -433,13 +433,31 @@ def test_guidance_of_the_velocity(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_guidance_moves_the_conditional_mean(kind: str) -> None:
+def test_guidance_of_a_residual_keeps_the_mean(kind: str) -> None:
+    """One step with F an image of the condition: r = F_0 + g (F − F_0) from x=0, added to the conditional mean."""
     head = make_head(kind=kind, target="residual")
-    head.field = Field(lambda x, t, c: torch.zeros_like(x), joint=kind == "joint")
+    head.field = Field(lambda x, t, c: c[..., :CHANNELS], joint=kind == "joint")
+    with_tokens = conditions()[0]
     with torch.no_grad():
-        with_tokens, without = (head.mean(c) for c in conditions())
+        mean, null = head.mean(with_tokens), head.null_condition[:CHANNELS]
     x = draw(head, BATCH, temperature=0.0, guidance=2.5)
-    torch.testing.assert_close(x, without + 2.5 * (with_tokens - without), atol=1e-5, rtol=1e-5)
+    residual = null + 2.5 * (with_tokens[..., :CHANNELS] - null)
+    torch.testing.assert_close(x, mean + head.residual_std * residual.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_hides_the_condition_from_the_field_only(kind: str) -> None:
+    """Pictures under null give the field no gradient to their conditions, and all of them count in the mean."""
+    head, latents = make_head(kind=kind, target="residual"), torch.randn(2, POSITIONS, CHANNELS)
+    condition = torch.randn(2, POSITIONS, WIDTH, requires_grad=True)
+    loss = head.loss(
+        latents, condition, torch.ones(2, POSITIONS).bool(), generator(), null=torch.tensor([True, False])
+    )
+    flow = torch.autograd.grad(loss.flow, condition, retain_graph=True)[0]
+    assert (flow[0] == 0).all() and (flow[1] != 0).any()
+    mean = torch.autograd.grad(loss.mean, condition, retain_graph=True)[0]
+    assert (mean[0] != 0).any() and (mean[1] != 0).any()
+    assert torch.autograd.grad(loss.flow, head.null_condition)[0].abs().sum() > 0
 
 
 def test_guidance_schedules() -> None:

@@ -353,14 +353,17 @@ def test_a_field_that_learns_alone(progress: float) -> None:
     losses = model.losses(pictures(8), progress, generator())
     losses.total.backward()
     learning = {n for n, p in model.named_parameters() if p.grad is not None}
-    field = {n for n, _ in model.named_parameters() if n.startswith("head.field.")}
+    field = {n for n, _ in model.named_parameters() if n.startswith(("head.field.", "head.null_condition"))}
     others = {n for n, _ in model.named_parameters()} - field
     alone = progress >= 0.6
     assert learning == (field if alone else others)
     assert (losses.flow > 0) == alone and losses.mean > 0
     kept = [torch.equal(b, buffers[n]) for n, b in model.visual_vocabulary.named_buffers()]
     assert all(kept) if alone else not any(kept)
-    assert model.windows() == {"head.field.": (0.6, 1.0), "": (0.0, 0.6)}
+    field_window = (0.6, 1.0)
+    assert model.windows() == {
+        "head.field.": field_window, "head.null_condition": field_window, "": (0.0, 0.6)
+    }  # fmt: skip
 
 
 def test_losses_are_bit_equal_for_equal_seeds() -> None:

@@ -94,7 +94,7 @@ def test_only_matrices_decay() -> None:
     for parameter in decayed["params"]:
         assert names[id(parameter)].endswith("weight") and parameter.ndim in (2, 4)
     free = {names[id(p)] for p in plain["params"]}
-    for name in ("decoder.mask_token", "decoder.null", "decoder.latent_positions", "decoder.project.bias",
+    for name in ("decoder.mask_token", "head.null_condition", "decoder.latent_positions", "decoder.project.bias",
                  "resampler.encoder.norm.weight", "decoder.encoder.blocks.0.norm1.weight"):  # fmt: skip
         assert name in free
     assert {names[id(p)] for p in decayed["params"]} >= {

@@ -1,6 +1,5 @@
 """From visual tokens to latents: AR iterations over positions, an ODE solve in each (paper section 3.3)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead, gather_positions
 from v2flow.masked_decoder import MaskedAutoregressiveDecoder, cosine_schedule
-from v2flow.samplers import solve, timesteps
+from v2flow.samplers import Velocity, solve, timesteps
 
 
 @dataclass
@@ -102,39 +101,46 @@ def _draw_positions(
     chosen: Tensor, noise: Tensor, options: DecodeOptions, guidance: float,
 ) -> Tensor:  # fmt: skip
     """Latents `[B, M, C]` at the `chosen [B, M]` positions, given those that `mask` leaves visible."""
-    nulls = [False] if guidance == 1.0 else [False, True]
-    conditions = []
-    for null in nulls:
-        flags = torch.full((len(tokens),), null, device=tokens.device)
-        conditions.append(decoder(tokens, latents, mask, flags).float())
+    condition = decoder(tokens, latents, mask).float()
+    base = None if guidance == 1.0 else _unconditional(decoder, head, tokens, latents, mask, condition)
     if head.field.joint:
         known, start = ~mask, noise
     else:
-        conditions = [gather_positions(c, chosen) for c in conditions]
+        condition = gather_positions(condition, chosen)
+        base = None if base is None else gather_positions(base, chosen)
         known, start = torch.zeros_like(chosen, dtype=torch.bool), gather_positions(noise, chosen)
-    velocities = [_velocity(head, c, known, latents) for c in conditions]
-
-    def guided(x: Tensor, t: float) -> Tensor:
-        v = velocities[0](x, t)
-        if guidance == 1.0:
-            return v
-        base = velocities[1](x, t)
-        return base + guidance * (v - base)
-
-    x = solve(guided, start, timesteps(options.steps, options.timestep_shift), options.solver)
-    drawn = head.to_latents(x, conditions[0])
-    if guidance != 1.0:
-        base = head.to_latents(torch.zeros_like(x), conditions[1])
-        mean = head.to_latents(torch.zeros_like(x), conditions[0])
-        drawn = drawn + (guidance - 1.0) * (mean - base)
+    # A joint field sees the known positions' clean values, in the units of the flow.
+    clean = head.normalise(latents, condition) if head.field.joint else None
+    velocity = _velocity(head, condition, known, clean)
+    if base is not None:
+        velocity = _guided(velocity, _velocity(head, base, known, clean), guidance)
+    x = solve(velocity, start, timesteps(options.steps, options.timestep_shift), options.solver)
+    drawn = head.to_latents(x, condition)
     return gather_positions(drawn, chosen) if head.field.joint else drawn
 
 
-def _velocity(
-    head: FlowHead, condition: Tensor, known: Tensor, latents: Tensor
-) -> Callable[[Tensor, float], Tensor]:
-    """The velocity under one condition; a joint field sees the known positions' clean values."""
-    clean = head.normalise(latents, condition) if head.field.joint else None
+def _unconditional(
+    decoder: MaskedAutoregressiveDecoder, head: FlowHead, tokens: Tensor, latents: Tensor, mask: Tensor,
+    condition: Tensor,
+) -> Tensor:  # fmt: skip
+    """Conditions `[B, L, W]` without the tokens; of a residual's field, without anything."""
+    if head.config.target == "residual":
+        return head.unconditional(condition)
+    return decoder(tokens, latents, mask, torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)).float()
+
+
+def _guided(conditional: Velocity, base: Velocity, guidance: float) -> Velocity:
+    """Classifier-free guidance: away from the velocity without the condition."""
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        v = base(x, t)
+        return v + guidance * (conditional(x, t) - v)
+
+    return velocity
+
+
+def _velocity(head: FlowHead, condition: Tensor, known: Tensor, clean: Tensor | None) -> Velocity:
+    """The velocity under one condition; where there are `clean` values, the known positions have those."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if clean is not None:

@@ -83,16 +83,20 @@ class FlowHead(nn.Module):
         self.config = config
         self.field = build_field(channels, condition_dim, grid, config)
         self.mean = _build_mean(channels, condition_dim, grid, config)
+        if config.target == "residual":
+            self.null_condition = nn.Parameter(torch.randn(condition_dim) * 0.02)
         self.register_buffer("residual_std", torch.ones(channels))
         self.register_buffer("residual_batches", torch.zeros(()))
 
     def loss(
         self, latents: Tensor, condition: Tensor, mask: Tensor, generator: torch.Generator | None = None,
-        progress: float = 1.0,
+        progress: float = 1.0, null: Tensor | None = None,
     ) -> FlowLoss:  # fmt: skip
         """Loss on the masked positions of `latents [B, L, C]` given `condition [B, L, W]`, `mask [B, L]`.
 
         Args:
+            null: `[B]` bool, true where the field is to learn without its condition; only for target=residual, where
+                the conditional mean keeps it (the other targets have their null in the decoder).
             progress: share of the training done. Where the field is to learn alone, its loss is zero until then
                 and the only one with a gradient afterwards.
         """
@@ -112,6 +116,8 @@ class FlowHead(nn.Module):
                 mean = self.mean(condition).float()
             mean_loss = ((latents - mean).square() * weight).sum()
             target = self._normalised_residual(latents - mean.detach(), weight)
+        if null is not None:
+            condition = torch.where(null[:, None, None], self.unconditional(condition), condition)
         flow = zero
         for _ in range(0 if stage == "tokens" else self.config.draws):
             error = self._draw_error(target, condition, mask, generator)
@@ -165,6 +171,10 @@ class FlowHead(nn.Module):
             return (x - self._skip(condition) - output) / u.clamp_min(1e-3)
         s2 = (1 - u).square() + u.square()
         return (2 * u - 1) / s2 * x - output / s2.sqrt()
+
+    def unconditional(self, condition: Tensor) -> Tensor:
+        """The condition of a field that is told nothing, in the shape of `condition [B, M, W]`; target=residual."""
+        return self.null_condition.to(condition.dtype).expand_as(condition)
 
     def normalise(self, latents: Tensor, condition: Tensor) -> Tensor:
         """Latents in the units of the flow."""

@@ -21,20 +21,21 @@ class MaskedAutoregressiveDecoder(nn.Module):
         token_grid: rows and columns of visual tokens.
         channels: channels of a latent position.
         latent_grid: rows and columns of latent positions, L in all.
+        null: learn an embedding that takes the tokens' place, for guidance.
     """
 
     above: Tensor
 
     def __init__(
         self, token_dim: int, token_grid: tuple[int, int], channels: int, latent_grid: tuple[int, int],
-        config: DecoderConfig,
+        config: DecoderConfig, null: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         width = config.width
         self.project = nn.Linear(token_dim, width)
         self.embed = nn.Linear(channels, width)
-        self.null = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.null = nn.Parameter(torch.randn(1, 1, width) * 0.02) if null else None
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         tokens, latents = grid_positions(*token_grid, width), grid_positions(*latent_grid, width)
         self.token_positions = nn.Parameter(tokens)
@@ -62,6 +63,7 @@ class MaskedAutoregressiveDecoder(nn.Module):
         # Unit vectors have entries of about 1/sqrt(D): brought to unit scale, or the positions drown them.
         prefix = self.project(tokens * tokens.shape[-1] ** 0.5)
         if null is not None:
+            assert self.null is not None
             prefix = torch.where(null[:, None, None], self.null.to(prefix.dtype), prefix)
         prefix, visible, index = self._encode(prefix + self.token_positions, latents, mask)
         x = self.mask_token.to(prefix.dtype).expand(len(latents), latents.shape[1], -1)

@@ -115,7 +115,9 @@ class VisualVocabularyResampler(nn.Module):
             if self.training and amplitude > 0:
                 uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
                 logits = logits - amplitude * (-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
-            probabilities = F.softmax(logits / temperature, dim=-1)
+            if temperature != 1.0:  # a division of every logit by one costs as much as the softmax
+                logits = logits / temperature
+            probabilities = F.softmax(logits, dim=-1)
             mixture = _straight_through(probabilities) if self.config.hard else probabilities
             return SoftDistribution(probabilities, mixture @ self.table)
 

@@ -81,8 +81,9 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         self.resampler = VisualVocabularyResampler(channels, config.resampler, table)
         self.visual_vocabulary = VisualVocabulary(table.shape[1], config.visual_vocabulary)
         self.decoder = MaskedAutoregressiveDecoder(
-            table.shape[1], (rows, columns), channels, self.latent_grid, config.decoder
-        )
+            table.shape[1], (rows, columns), channels, self.latent_grid, config.decoder,
+            null=config.velocity.target != "residual",
+        )  # fmt: skip
         self.head = FlowHead(channels, config.decoder.width, self.latent_grid, config.velocity)
 
         self.vocabulary = vocabulary  # the LLM's own rows, not centred; shared with every copy of this module
@@ -119,8 +120,11 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             null = (
                 torch.rand(batch, generator=generator, device=device) < self.config.decoder.null_probability
             )
-            condition = self.decoder(quantized.embeddings, positions, mask, null)
-        flow = self.head.loss(positions, condition, mask, generator, progress)
+            # A residual is guided in the field alone: a mean without tokens would be the data's mean picture, whose
+            # large errors drown what the tokens have to learn.
+            residual = self.config.velocity.target == "residual"
+            condition = self.decoder(quantized.embeddings, positions, mask, None if residual else null)
+        flow = self.head.loss(positions, condition, mask, generator, progress, null if residual else None)
         total = flow.total + self.config.visual_vocabulary.commitment * quantized.commitment
         with torch.no_grad():
             # Health figures from the first pictures only: over the whole batch they would cost as much as the look-up.
@@ -133,7 +137,10 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
     def windows(self) -> dict[str, tuple[float, float]]:
         """Prefixes of parameter names, and the shares of the training between which those parameters learn."""
         alone = self.config.velocity.alone
-        return {"head.field.": (1 - alone, 1.0), "": (0.0, 1 - alone)} if alone else {"": (0.0, 1.0)}
+        if not alone:
+            return {"": (0.0, 1.0)}
+        field = (1 - alone, 1.0)
+        return {"head.field.": field, "head.null_condition": field, "": (0.0, 1 - alone)}
 
     def _agreement(self, probabilities: Tensor, ids: Tensor) -> Tensor:
         """Share of tokens whose most probable word alone gives the same id as the soft mixture."""
