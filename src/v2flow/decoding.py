@@ -126,7 +126,9 @@ def _unconditional(
     """Conditions `[B, L, W]` without the tokens; of a residual's field, without anything."""
     if head.config.target == "residual":
         return head.unconditional(condition)
-    return decoder(tokens, latents, mask, torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)).float()
+    return decoder(
+        tokens, latents, mask, torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    ).float()
 
 
 def _guided(conditional: Velocity, base: Velocity, guidance: float) -> Velocity:
