@@ -214,7 +214,7 @@ def test_losses_are_logged_under_the_tokenizers_names(tmp_path: Path) -> None:
     trainer = fit(module, tmp_path, recorder)
     trainer.validate(module, DataLoader([{"image": pictures(2)}], batch_size=None), verbose=False)
     names = recorder.names | set(trainer.callback_metrics)
-    assert {"train/loss", "train/mean", "train/commitment", "val/loss", "val/mean"} <= names
+    assert {"train/loss", "train/mean", "train/quantizer", "val/loss", "val/mean"} <= names
     assert module.decode_modes == {"one_step": {}}
 
 

@@ -319,6 +319,7 @@ VARIANTS = {
         "resampler": ResamplerConfig(width=16, depth=1, token_grid=[2, 2], readout="linear", hard=True,
                                      noise=[1.0, 0.1], temperature=[1.0, 0.5])
     },
+    "no vocabulary": {"resampler": ResamplerConfig(width=16, depth=1, token_grid=[2, 2], readout="none", key_dim=6)},
     "patches of 2": {"codec": CodecConfig(patch_size=2),
                      "velocity": VelocityConfig(width=16, depth=1, heads=2, fine_patch=2, fine_width=8)},
 }  # fmt: skip
@@ -341,6 +342,14 @@ def test_every_option_trains_and_decodes(variant: str) -> None:
     ids = model.encode(pictures(4))
     assert torch.equal(model.encode(pictures(4)), ids)
     assert model.decode(ids, generator(), steps=2, iterations=2, guidance=1.5).isfinite().all()
+
+
+def test_tokens_without_a_vocabulary_have_no_words() -> None:
+    resampler = ResamplerConfig(width=16, depth=1, token_grid=[2, 2], readout="none", key_dim=6)
+    model = V2FlowTokenizer(small_config(resampler=resampler))
+    soft = model.encode(pictures(3), return_soft=True)
+    assert soft.words.shape == soft.probabilities.shape == (3, 4, 0) and soft.embeddings.shape == (3, 4, 6)
+    assert torch.equal(soft.ids, model.encode(pictures(3)))
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.59, 0.6, 1.0])

@@ -66,10 +66,11 @@ class ResamplerConfig:
     """Residual blocks in each of the two stages (one before, one after the pooling)."""
     token_grid: list[int] = field(default_factory=lambda: [8, 8])
     """Rows and columns of visual tokens; latents are average-pooled onto this grid."""
-    readout: Literal["keys", "linear"] = "keys"
-    """keys: cosine similarity to a learned projection of the table; linear: one free row an entry."""
+    readout: Literal["keys", "linear", "none"] = "keys"
+    """keys: cosine similarity to a learned projection of the table; linear: one free row an entry; none: the query
+    itself is the token, without any vocabulary (the ablation: VQ tokens with V2Flow's decoder)."""
     key_dim: int = 32
-    """Width of queries and keys; only for readout=keys. Narrow keys keep the tokens in few dimensions, where a
+    """Width of queries and keys; not for readout=linear. Narrow keys keep the tokens in few dimensions, where a
     codebook of a thousand entries goes far."""
     scale: float = 6.0
     """Largest logit of readout=keys: high values saturate the softmax and stop its gradient."""

@@ -59,8 +59,8 @@ class SoftDistribution:
     """What the resampler says of each visual token.
 
     Attributes:
-        probabilities: `[B, N, V]`, rows sum to 1.
-        embeddings: expected embeddings of the (centred) table, `[B, N, D]`.
+        probabilities: `[B, N, V]`, rows sum to 1; `[B, N, 0]` with readout=none.
+        embeddings: expected embeddings of the (centred) table, `[B, N, D]`; the queries with readout=none.
     """
 
     probabilities: Tensor
@@ -78,6 +78,9 @@ class VisualVocabularyResampler(nn.Module):
         channels: channels of the latents.
         config: widths, read-out and schedules.
         table: the (centred) embedding table `[V, D]`; kept as a buffer that no checkpoint stores.
+
+    Attributes:
+        dim: width of the embeddings that come out.
     """
 
     table: Tensor
@@ -87,7 +90,10 @@ class VisualVocabularyResampler(nn.Module):
         self.config = config
         self.encoder = PatchEncoder(channels, config)
         self.register_buffer("table", table, persistent=False)
-        if config.readout == "keys":
+        self.dim = table.shape[1] if config.readout != "none" else config.key_dim
+        if config.readout == "none":
+            self.query = nn.Linear(config.width, config.key_dim)
+        elif config.readout == "keys":
             self.query = nn.Linear(config.width, min(config.key_dim, table.shape[1]))
             self.key = nn.Parameter(_whitening(table, self.query.out_features))
         else:
@@ -108,6 +114,9 @@ class VisualVocabularyResampler(nn.Module):
             progress: share of the training done, in [0, 1]; sets noise amplitude and temperature.
         """
         features = self.encoder(latents)
+        if self.config.readout == "none":
+            queries = self.query(features)
+            return SoftDistribution(queries[..., :0], queries)
         # Softmax over thousands of entries and the expected embedding stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
             logits = self._logits(features.to(torch.promote_types(features.dtype, torch.float32)))

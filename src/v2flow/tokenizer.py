@@ -28,7 +28,8 @@ class SoftTokens:
     Attributes:
         ids: `[B, N]` long, in [0, K).
         embeddings: expected embeddings of the (centred) LLM table, `[B, N, D]`.
-        words: the k most probable vocabulary entries of each token, `[B, N, k]` long; see `tokenizer.words`.
+        words: the k most probable vocabulary entries of each token, `[B, N, k]` long; see `tokenizer.words`. k is 0
+            without a vocabulary (readout=none).
         probabilities: their probabilities, `[B, N, k]`, falling.
         entropy: entropy of the whole distribution in nats, `[B, N]`.
     """
@@ -79,9 +80,9 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         self.num_tokens = rows * columns
         self.codebook_size = config.visual_vocabulary.size
         self.resampler = VisualVocabularyResampler(channels, config.resampler, table)
-        self.visual_vocabulary = VisualVocabulary(table.shape[1], config.visual_vocabulary)
+        self.visual_vocabulary = VisualVocabulary(self.resampler.dim, config.visual_vocabulary)
         self.decoder = MaskedAutoregressiveDecoder(
-            table.shape[1], (rows, columns), channels, self.latent_grid, config.decoder,
+            self.resampler.dim, (rows, columns), channels, self.latent_grid, config.decoder,
             null=config.velocity.target != "residual",
         )  # fmt: skip
         self.head = FlowHead(channels, config.decoder.width, self.latent_grid, config.velocity)
@@ -144,6 +145,8 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
 
     def _agreement(self, probabilities: Tensor, ids: Tensor) -> Tensor:
         """Share of tokens whose most probable word alone gives the same id as the soft mixture."""
+        if not probabilities.shape[-1]:
+            return probabilities.new_zeros(())
         table = nn.functional.normalize(self.resampler.table[probabilities.argmax(-1)], dim=-1)
         return (self.visual_vocabulary.nearest(table) == ids).float().mean()
 

@@ -1,12 +1,11 @@
-"""A plain VQ autoencoder: V2Flow's encoder, a library's cosine codebook, a feed-forward transformer decoder."""
+"""VQ autoencoders: V2Flow's encoder, a quantizer of vector-quantize-pytorch, a feed-forward transformer decoder."""
 
 from dataclasses import asdict, dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from vector_quantize_pytorch import VectorQuantize
 
+from v2flow.baselines.quantizers import Kind, Quantizer, QuantizerConfig
 from v2flow.codec import build_codec
 from v2flow.config import CodecConfig, ResamplerConfig
 from v2flow.errors import V2FlowError
@@ -25,16 +24,21 @@ class VQAutoencoderConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     encoder: ResamplerConfig = field(default_factory=ResamplerConfig)
     """Width, depth and token_grid; the options of the vocabulary's read-out have no place here."""
+    quantizer: Kind = "vq"
+    """vq: cosine codebook of running means; simvq: a frozen codebook behind a learned linear map; rvq: two residual
+    codebooks of sqrt(K) codes; fsq: finite scalar levels; lfq: signs; bsq: signs on the sphere. All of log2(K) bits."""
     codebook_size: int = 1024
     """Number of codes K."""
     code_dim: int = 32
-    """Width of a code."""
+    """Width of a code; fsq, lfq and bsq map from it to their few dimensions and back."""
     decay: float = 0.95
-    """Decay of the codebook's running means."""
+    """Decay of the codebook's running means; only for quantizer=vq and rvq."""
     commitment: float = 0.25
-    """Weight of the commitment loss."""
+    """Weight of the commitment loss, a mean over a code's dimensions; not for quantizer=fsq, which has none."""
+    entropy: float = 0.1
+    """Weight of the entropy loss; only for quantizer=lfq and bsq."""
     dead_code_threshold: float = 1.0
-    """Codes whose running count falls below this are replaced by tokens of the batch."""
+    """Codes whose running count falls below this are replaced by tokens of the batch; only for vq and rvq."""
     width: int = 192
     """Width of the decoder."""
     heads: int = 6
@@ -55,6 +59,14 @@ class VQAutoencoderConfig:
         ):
             if not holds:
                 raise V2FlowError(f"option {name}: expected {expected}, found {getattr(self, name)!r}")
+        self.quantizer_config()
+
+    def quantizer_config(self) -> QuantizerConfig:
+        """The options of the quantizer alone."""
+        return QuantizerConfig(
+            self.quantizer, self.codebook_size, self.code_dim, self.decay, self.commitment, self.entropy,
+            self.dead_code_threshold,
+        )  # fmt: skip
 
 
 class VQAutoencoder(nn.Module):
@@ -84,7 +96,7 @@ class VQAutoencoder(nn.Module):
         )
         self.encoder = PatchEncoder(channels, config.encoder)
         self.to_code = nn.Linear(config.encoder.width, config.code_dim)
-        self.quantizer = _cosine_codebook(config)
+        self.quantizer = Quantizer(config.quantizer_config())
         self.from_code = nn.Linear(config.code_dim, config.width)
         self.positions = nn.Parameter(grid_positions(height, width, config.width))
         self.decoder = Transformer(config.width, config.depth, config.heads)
@@ -97,18 +109,19 @@ class VQAutoencoder(nn.Module):
         The library decides this when a codebook is made, and a model is made before its ranks are: call this once
         they are.
         """
-        codebook = _cosine_codebook(self.config)
-        codebook.load_state_dict(self.quantizer.state_dict())
-        self.quantizer = codebook.to(self.positions.device).train(self.quantizer.training)
+        quantizer = Quantizer(self.config.quantizer_config())
+        quantizer.load_state_dict(self.quantizer.state_dict())
+        self.quantizer = quantizer.to(self.positions.device).train(self.quantizer.training)
 
     def losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss of pictures `[B, 3, H, W]` in [0, 1], and its terms: squared error (latent units), commitment."""
+        """Total loss of pictures `[B, 3, H, W]` in [0, 1], and its terms: squared error (latent units),
+        and the quantizer's own (commitment, entropy)."""
         with torch.no_grad():
             latents = self.codec.encode(check_images(images, self.config.image_size))
-        codes, _, commitment = self.quantizer(self.to_code(self.encoder(latents)))
+        codes, _, auxiliary = self.quantizer(self.to_code(self.encoder(latents)))
         error = (self._latents(codes) - latents).square().mean()
-        total = error + commitment.sum()
-        return total, {"mean": error, "commitment": commitment.sum()}
+        total = error + auxiliary
+        return total, {"mean": error, "quantizer": auxiliary}
 
     def _latents(self, codes: Tensor) -> Tensor:
         x = self.from_code(codes)[:, self.above] + self.positions
@@ -137,23 +150,5 @@ class VQAutoencoder(nn.Module):
         """
         check_ids(ids, self.num_tokens, self.codebook_size)
         with inference(self):
-            codes = self.quantizer.get_output_from_indices(ids.to(self.positions.device))
+            codes = self.quantizer.lookup(ids.to(self.positions.device))
             return self.codec.decode(self._latents(codes)).float().clamp(0, 1)
-
-
-def _cosine_codebook(config: VQAutoencoderConfig) -> VectorQuantize:
-    """The library's cosine codebook, every option that matters stated: its defaults change between versions."""
-    return VectorQuantize(
-        dim=config.code_dim,
-        codebook_size=config.codebook_size,
-        use_cosine_sim=True,
-        ema_update=True,
-        learnable_codebook=False,
-        decay=config.decay,
-        commitment_weight=config.commitment,
-        threshold_ema_dead_code=config.dead_code_threshold,
-        kmeans_init=False,
-        rotation_trick=False,  # the plain straight-through gradient, as V2Flow's own codebook has
-        stochastic_sample_codes=False,
-        sync_codebook=dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1,
-    )
