@@ -58,7 +58,8 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	    "or name one with CHECKPOINT=..." >&2; exit 2; fi
 	@if [ -z "$(SHARDS)" ]; then \
 	  echo "v2flow: error: no test shards known for $(EXPERIMENT); name them with SHARDS=..." >&2; exit 2; fi
-	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" $(ARGS)
+	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \
+	  $(if $(DATA),--floors-train "data/openmoji/train-*.tar") $(ARGS)
 
 benchmark: $(VENV)/.installed-cli
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)

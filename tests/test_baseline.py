@@ -308,7 +308,9 @@ def test_revival_is_the_same_in_both_processes(tmp_path: Path) -> None:
     with torch.no_grad():
         for step in range(3):
             plain.losses(pictures(BATCH, seed=step))
-    assert not torch.allclose(first["_codebook.embed"], plain.quantizer.codebook[None]), "nothing was revived"
+    assert not torch.allclose(first["inner._codebook.embed"], plain.quantizer.inner.codebook[None]), (
+        "nothing was revived"
+    )
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------

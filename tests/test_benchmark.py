@@ -67,13 +67,19 @@ def test_rows_are_trained_once_and_tabled(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_row_of_another_command_is_trained_again(tmp_path: Path) -> None:
-    """A result belongs to the words that made it, not to the name of its row alone."""
+    """A result belongs to the words and the experiment file that made it, not to the name of its row alone."""
     write(experiment(write_shards(tmp_path), tmp_path), tmp_path / "experiment.yaml")
     result = tmp_path / "out" / "one-seed0.json"
     for size in (16, 24):
         rows = [{"name": "one", "arguments": [f"--model.init_args.tokenizer.visual_vocabulary.size={size}"]}]
         assert run(write_suite(tmp_path, rows=rows, seeds=[0])) == 0
         assert json.loads(result.read_text())["weights"]["ema"]["codebook"]["size"] == size
+    minutes = result.read_text()
+    changed = experiment(write_shards(tmp_path), tmp_path)
+    changed["model"]["init_args"]["tokenizer"]["decoder"]["heads"] = 4
+    write(changed, tmp_path / "experiment.yaml")
+    assert run(write_suite(tmp_path, rows=rows, seeds=[0])) == 0
+    assert result.read_text() != minutes
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,8 @@ def test_a_row_of_another_command_is_trained_again(tmp_path: Path) -> None:
         ({"row": []}, "unknown key 'row'; expected one of title, experiment, rows"),
         ({"rows": [{"arguments": []}]}, "row 1: missing 1 required positional argument: 'name'"),
         ({"rows": [{"name": "a b"}, {"name": "A-B"}]}, "a name of its own for each row, found 'a-b'"),
+        ({"rows": None}, "rows: expected a list of trainings, found None"),
+        ({"rows": [{"name": 3}]}, "expected a name in words, found 3"),
         ({"rows": ["name"]}, "row 1: expected the keys name, arguments, experiment, found str"),
     ],
 )

@@ -1,6 +1,7 @@
 """Checkpoints: what they hold, loading and resuming, and files that are refused."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +216,21 @@ def test_initialise_from_another_configuration_is_refused(trained: tuple[Tokeniz
     assert torch.equal(model.decoder.project.weight, before), "half of the weights were loaded"
 
 
-def test_initialise_from_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    refused(
-        lambda: initialise_from(V2FlowTokenizer(small_config()), tmp_path), "model.safetensors", "not found"
-    )
+def test_initialise_from_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    refused(lambda: initialise_from(V2FlowTokenizer(small_config()), tmp_path), "config.json", "not found")
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_initialise_from_another_vocabulary_is_refused(
+    trained: tuple[TokenizerModule, Path], tmp_path: Path, exported: bool
+) -> None:
+    """No shape of the weights tells two tables of equal width apart."""
+    module, path = trained
+    if exported:
+        module.model.save_pretrained(tmp_path / "exported")
+        path = tmp_path / "exported"
+    config = replace(module.model.config, vocabulary=replace(module.model.config.vocabulary, seed=9))
+    refused(lambda: initialise_from(V2FlowTokenizer(config), path), "trained on the LLM vocabulary", "found")
 
 
 # --- files that are refused -------------------------------------------------------------------------------------

@@ -86,3 +86,19 @@ def test_reference_is_the_papers_size(name: str, capsys: pytest.CaptureFixture[s
     assert tokenizer.latent_grid == (side, side)
     assert tuple(tokenizer.visual_vocabulary.codes.shape) == (16384, 4096)
     assert all(parameter.is_meta for parameter in tokenizer.decoder.parameters())
+
+
+def test_imagenet_fits_together(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its parts are built on the meta device, on the latents of an autoencoder of the usual architecture."""
+    from v2flow.config import TokenizerConfig, from_dict
+    from v2flow.llm import LLMVocabulary
+    from v2flow.tokenizer import V2FlowTokenizer
+
+    (path,) = [path for path in EXPERIMENTS if path.stem == "imagenet-256"]
+    config = from_dict(TokenizerConfig, printed_config(path, capsys)["model"]["init_args"]["tokenizer"])
+    assert config.vocabulary.size is not None
+    with torch.device("meta"):
+        table = torch.empty(config.vocabulary.size, 640)
+        tokenizer = V2FlowTokenizer(config, LLMVocabulary.from_table(table, [""] * len(table), "meta"))
+    assert tokenizer.latent_grid == (32, 32) and tokenizer.num_tokens == 256
+    assert tokenizer.codec.channels == 4 and tokenizer.codec.downsample == 8

@@ -344,6 +344,15 @@ def test_every_option_trains_and_decodes(variant: str) -> None:
     assert model.decode(ids, generator(), steps=2, iterations=2, guidance=1.5).isfinite().all()
 
 
+def test_guidance_that_was_not_trained_is_refused() -> None:
+    decoder = DecoderConfig(width=16, heads=2, encoder_depth=1, decoder_depth=1, null_probability=0.0)
+    model = V2FlowTokenizer(small_config(decoder=decoder))
+    ids = model.encode(pictures(1))
+    assert model.decode(ids).isfinite().all()
+    with pytest.raises(V2FlowError, match="option guidance: expected 1, found 1.5"):
+        model.decode(ids, guidance=1.5)
+
+
 def test_tokens_without_a_vocabulary_have_no_words() -> None:
     resampler = ResamplerConfig(width=16, depth=1, token_grid=[2, 2], readout="none", key_dim=6)
     model = V2FlowTokenizer(small_config(resampler=resampler))

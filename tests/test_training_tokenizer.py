@@ -252,21 +252,15 @@ def test_decode_modes() -> None:
         TokenizerModule(small_config(), decode_modes={"odd": {"stepz": 1}})
 
 
-def test_two_steps_on_cifar10_shards(shared_data: Path, tmp_path: Path) -> None:
-    from v2flow.training.data_module import ShardDataModule
-
-    data = ShardDataModule(
-        train=str(shared_data / "cifar10" / "train-{000000..000001}.tar"),
-        val=str(shared_data / "cifar10" / "test-000000.tar"),
-        image_size=32, batch_size=8, eval_batch_size=8, num_workers=0, seed=0, val_limit=16,
-    )  # fmt: skip
+def two_steps(data: Any, folder: Path) -> TokenizerModule:
+    """Two steps and a validation; almost everything moved, and the losses are those of pictures."""
     config = small_config(image_size=32)
     module = TokenizerModule(config, OptimizerConfig(total_steps=2, warmup_steps=0))
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     recorder = Recorder()
     trainer = Trainer(
         max_steps=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
-        val_check_interval=2, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        val_check_interval=2, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         callbacks=[recorder],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
@@ -284,6 +278,74 @@ def test_two_steps_on_cifar10_shards(shared_data: Path, tmp_path: Path) -> None:
         "head.mean.weight",
     ):
         assert name not in unchanged
+    return module
+
+
+def test_two_steps_on_cifar10_shards(shared_data: Path, tmp_path: Path) -> None:
+    from v2flow.training.data_module import ShardDataModule
+
+    data = ShardDataModule(
+        train=str(shared_data / "cifar10" / "train-{000000..000001}.tar"),
+        val=str(shared_data / "cifar10" / "test-000000.tar"),
+        image_size=32, batch_size=8, eval_batch_size=8, num_workers=0, seed=0, val_limit=16,
+    )  # fmt: skip
+    two_steps(data, tmp_path)
+
+
+def test_two_steps_on_openmoji(tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py")
+    from v2flow.data.openmoji import build_openmoji
+    from v2flow.training.data_module import ShardDataModule
+
+    build_openmoji(tmp_path / "openmoji", size=32, limit=120)
+    train, val = (str(tmp_path / "openmoji" / f"{split}-*.tar") for split in ("train", "val"))
+    data = ShardDataModule(
+        train=train, val=val, test=val, image_size=32, batch_size=8, eval_batch_size=8, num_workers=0, seed=0
+    )
+    module = two_steps(data, tmp_path)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (figures,) = trainer.test(module, datamodule=data, verbose=False)
+    assert figures["test/loss"] > 0 and figures["test/token_entropy"] > 0
+
+
+def staged_module(alone: float) -> TokenizerModule:
+    velocity = VelocityConfig(width=16, depth=1, heads=2, fine_width=8, alone=alone)
+    return TokenizerModule(small_config(velocity=velocity), OptimizerConfig(total_steps=4, warmup_steps=0))
+
+
+def fit_rank(rank: int, folder: str, alone: float) -> None:
+    """One of two gloo processes of Lightning's DDP: four steps on its half of the pictures."""
+    import os
+
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    os.environ.update(address | {"WORLD_SIZE": "2", "NODE_RANK": str(rank), "LOCAL_RANK": "0"})
+    module = staged_module(alone)
+    trainer = Trainer(
+        max_steps=4, accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    batches = [{"image": pictures(8, seed=step)[rank::2]} for step in range(4)]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    torch.save(module.model.state_dict(), Path(folder, f"{rank}.pt"))
+
+
+@pytest.mark.parametrize("alone", [0.0, 0.5])
+def test_two_processes_stay_equal(alone: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a stage leaves parameters without gradients, for which other ranks would wait."""
+    import socket
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(probe.getsockname()[1]))
+    torch.multiprocessing.spawn(fit_rank, (str(tmp_path), alone), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    start = staged_module(alone).model.state_dict()
+    moved = {name for name, value in first.items() if not torch.equal(value, start[name])}
+    assert {"decoder.project.weight", "head.field.fine_output.2.weight", "visual_vocabulary.codes"} <= moved
 
 
 # --- it learns --------------------------------------------------------------------------------------------------

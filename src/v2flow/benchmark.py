@@ -4,6 +4,7 @@ A suite is a YAML file (`experiments/benchmark/`). Every row is a `v2flow fit` o
 written beside its figures, gives them again. A finished row is a small file and is not run again.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -75,7 +76,12 @@ def read_suite(path: Path) -> Suite:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise V2FlowError(f"{path}: not a YAML file: {error}") from error
     suite = _build(Suite, values, str(path))
+    if not isinstance(suite.rows, list) or not suite.rows:
+        raise V2FlowError(f"{path}: rows: expected a list of trainings, found {suite.rows!r}")
     suite.rows = [_build(Row, row, f"{path}: row {i + 1}") for i, row in enumerate(suite.rows)]
+    for row in suite.rows:
+        if not isinstance(row.name, str):
+            raise V2FlowError(f"{path}: rows: expected a name in words, found {row.name!r}; put it in quotes")
     slugs = [row.slug for row in suite.rows]
     for slug in slugs:
         if slugs.count(slug) > 1 or not slug:
@@ -125,13 +131,24 @@ def run_suite(suite: Suite, out: Path, runs: Path) -> list[dict[str, Any]]:
         path = out / f"{row.slug}-seed{seed}.json"
         command = row_command(suite, row, seed)
         result = json.loads(path.read_text()) if path.is_file() else None
-        if result is None or result["command"] != ["v2flow", *command]:
+        if result is None or not _is_current(result, command):
             print(f"v2flow: row {number + 1} of {len(jobs)}: {row.name}, seed {seed}", flush=True)
             result = _train(row, seed, command, runs)
             write_json(path, result)
         results.append(result)
         (out / TABLE).write_text(suite_table(suite, results))
     return results
+
+
+def experiment_hash(command: list[str]) -> str:
+    """SHA-256 of the experiment file that a command names."""
+    return hashlib.sha256(Path(command[command.index("--config") + 1]).read_bytes()).hexdigest()
+
+
+def _is_current(result: dict[str, Any], command: list[str]) -> bool:
+    """Whether a result comes from these words and from the experiment file as it is now."""
+    same = result["command"] == ["v2flow", *command]
+    return same and result["experiment_sha256"] == experiment_hash(command)
 
 
 def _train(row: Row, seed: int, command: list[str], runs: Path) -> dict[str, Any]:
@@ -141,7 +158,7 @@ def _train(row: Row, seed: int, command: list[str], runs: Path) -> dict[str, Any
     log = folder / "fit.log"
     places = [f"--trainer.logger.init_args.save_dir={runs}", f"--trainer.logger.init_args.name={name}"]
     before = set(folder.glob("version_*/metrics.json"))
-    start = time.monotonic()
+    commit, start = current_commit(), time.monotonic()
     with log.open("wb") as file:
         status = subprocess.run(
             [sys.executable, "-m", "v2flow", *command, *places], stdout=file, stderr=subprocess.STDOUT
@@ -159,7 +176,8 @@ def _train(row: Row, seed: int, command: list[str], runs: Path) -> dict[str, Any
         "name": row.name,
         "seed": seed,
         "command": ["v2flow", *command],
-        "commit": current_commit(),
+        "commit": commit,
+        "experiment_sha256": experiment_hash(command),
         "minutes": round(minutes, 2),
         "step": report["step"],
         "images": report["weights"]["ema"]["images"] if "ema" in report["weights"] else None,

@@ -19,6 +19,9 @@ def add_data_verbs(verbs: Any) -> None:
     validate.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="files or URLs, with braces or wildcards"
     )
+    validate.add_argument(
+        "--allow-pipe", action="store_true", help="accept shards `pipe:COMMAND`, which run a shell command"
+    )
     validate.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
     validate.add_argument("--processes", type=int, default=2, metavar="N", help="default: 2")
 
@@ -102,7 +105,7 @@ def run_validate(options: argparse.Namespace) -> None:
     """
     from v2flow.data.validate import validate_shards
 
-    report = validate_shards(options.shards, processes=options.processes)
+    report = validate_shards(options.shards, allow_pipe=options.allow_pipe, processes=options.processes)
     _write(options.json, report.to_dict())
     print(report)
     if not report.ok:

@@ -78,6 +78,9 @@ def _add_evaluate(verbs: Any) -> None:
     parser.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's weights, for rFID")
     parser.add_argument("--floors-train", nargs="+", metavar="SHARDS", help="training shards: adds the rows of the "
                         "mean picture and of the nearest training picture")  # fmt: skip
+    parser.add_argument(
+        "--allow-pipe", action="store_true", help="accept shards `pipe:COMMAND`, which run a shell command"
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
 
 
@@ -116,6 +119,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         inception_weights=options.inception_weights,
         floors_train=options.floors_train,
         json_path=options.json,
+        allow_pipe=options.allow_pipe,
         num_workers=options.workers,
         progress=True,
     )

@@ -140,6 +140,16 @@ _DC_F32C32: dict[str, Any] = {
 }
 
 
+# The published architecture of Stable Diffusion's autoencoder (4 latent channels, 8 pixels a position).
+_KL_F8: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+
 def build_codec(config: CodecConfig, weights: bool = True) -> ImageCodec:
     """The codec that the configuration names.
 
@@ -154,13 +164,8 @@ def build_codec(config: CodecConfig, weights: bool = True) -> ImageCodec:
     from diffusers import AutoencoderDC, AutoencoderKL
 
     kind: Any = AutoencoderDC if config.kind == "dc" else AutoencoderKL
-    autoencoder: Any
-    if weights:
-        autoencoder = _load(kind, config)
-    elif config.kind == "dc":
-        autoencoder = kind(**_DC_F32C32)
-    else:
-        autoencoder = kind()
+    architecture = _DC_F32C32 if config.kind == "dc" else _KL_F8
+    autoencoder = _load(kind, config) if weights else kind(**architecture)
     blocks = autoencoder.config.get("encoder_block_out_channels") or autoencoder.config["block_out_channels"]
     return FrozenAutoencoder(
         autoencoder, autoencoder.config["latent_channels"], 2 ** (len(blocks) - 1), config.scale

@@ -33,6 +33,10 @@ class CodecConfig:
     def __post_init__(self) -> None:
         _require(self.patch_size >= 1, "codec.patch_size", "a positive number of pixels", self.patch_size)
         _require(self.scale > 0, "codec.scale", "a positive factor", self.scale)
+        _require(self.kind == "patch" or self.shift == 0.5, "codec.shift",
+                 f"to be left out with kind={self.kind}, which takes pixels as they are", self.shift)  # fmt: skip
+        _require(self.kind != "patch" or self.path is None, "codec.path",
+                 "to be left out with kind=patch, which has no weights", self.path)  # fmt: skip
 
 
 @dataclass
@@ -90,6 +94,8 @@ class ResamplerConfig:
                  "two positive numbers, start and end", self.temperature)  # fmt: skip
         _require(len(self.noise) == 2 and min(self.noise) >= 0, "resampler.noise",
                  "two numbers >= 0, start and end", self.noise)  # fmt: skip
+        _require(self.readout != "none" or not (self.hard or any(self.noise)), "resampler.noise and hard",
+                 "0 and false with readout=none, which has no distribution", (self.noise, self.hard))  # fmt: skip
         _require(0 < self.schedule_end <= 1, "resampler.schedule_end", "a share in (0, 1]", self.schedule_end)
 
 
@@ -194,7 +200,7 @@ class VelocityConfig:
     logit_std: float = 1.0
     """Standard deviation of the logit-normal timestep distribution."""
     weight: float = 1.0
-    """Weight of the flow loss beside the loss of the conditional mean; only for target=residual."""
+    """Weight of the flow loss; with target=residual, beside the loss of the conditional mean."""
 
     def __post_init__(self) -> None:
         _require(self.kind != "joint" or self.width % self.heads == 0, "velocity.heads",
@@ -207,6 +213,8 @@ class VelocityConfig:
                  "0 unless kind is joint, fine_patch above 1 and target residual", self.mean_depth)  # fmt: skip
         _require(self.alone == 0 or (0 < self.alone < 1 and self.target == "residual"), "velocity.alone",
                  "a share in [0, 1), and 0 unless target is residual", self.alone)  # fmt: skip
+        _require(self.skip or self.target == "x0", "velocity.skip", f"to be left out with target={self.target}",
+                 self.skip)  # fmt: skip
         _require(self.draws >= 1, "velocity.draws", "at least 1 draw", self.draws)
         _require(0 <= self.start_share <= 1, "velocity.start_share", "a share in [0, 1]", self.start_share)
 

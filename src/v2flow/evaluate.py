@@ -142,6 +142,7 @@ def evaluate_checkpoint(
     json_path: str | Path | None = None,
     device: str | torch.device | None = None,
     num_workers: int = 0,
+    allow_pipe: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint or an exported folder on shards: `v2flow evaluate CHECKPOINT --data SHARDS`.
@@ -160,6 +161,7 @@ def evaluate_checkpoint(
         floors_train: training shards; adds the rows mean_image and nearest_training_picture.
         json_path: the result is also written there, atomically.
         device: cuda where there is one, else cpu, when left out.
+        allow_pipe: accept shards `pipe:COMMAND`, which run a shell command.
 
     Returns:
         `checkpoint`, `model`, `step`, `protocol`, `weights` (ema/raw/exported -> figures) and, if asked for,
@@ -178,7 +180,7 @@ def evaluate_checkpoint(
     for name in names:
         model, info = load_model(path, "raw" if name == "raw" else "ema")
         chosen = select_modes(modes, info["decode_modes"] or FOLDER_MODES)
-        loader = evaluation_loader(data, _image_size(model), batch_size, limit, num_workers)
+        loader = evaluation_loader(data, _image_size(model), batch_size, limit, num_workers, allow_pipe)
         if results and _same_tensors(previous, model.state_dict()):
             results[name] = next(iter(results.values()))  # trained without averaging: nothing to score again
             continue
@@ -196,7 +198,7 @@ def evaluate_checkpoint(
         previous = {key: value.cpu() for key, value in model.state_dict().items()}
     floors = None
     if floors_train is not None:
-        train = evaluation_loader(floors_train, _image_size(model), batch_size, None, num_workers)
+        train = evaluation_loader(floors_train, _image_size(model), batch_size, None, num_workers, allow_pipe)
         floors = data_floors(
             train, loader, features=features, inception_weights=inception_weights, device=place
         )

@@ -86,7 +86,7 @@ def load_folder(cls: Any, folder: Path) -> Any:
     Raises:
         V2FlowError: a missing or foreign file, weights of other sizes, or another LLM's vocabulary.
     """
-    document = _read_config(folder)
+    document = read_config(folder)
     config = from_dict(TokenizerConfig, document["tokenizer"], str(folder / CONFIG))
     vocabulary = _read_vocabulary(folder, config)
     check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
@@ -131,7 +131,12 @@ def check_vocabulary(found: str, expected: str | None, where: str) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of an exported folder.
+
+    Raises:
+        V2FlowError: missing, not JSON, or another kind of model's.
+    """
     try:
         document = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError as error:

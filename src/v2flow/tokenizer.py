@@ -182,9 +182,14 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             options: the fields of `DecodeOptions` (steps, iterations, guidance, solver, …).
 
         Raises:
-            V2FlowError: ids of another shape or outside [0, K), or an unknown option.
+            V2FlowError: ids of another shape or outside [0, K), an unknown option, or guidance that was not trained.
         """
         settings = decode_options(options)
+        if settings.guidance != 1.0 and self.config.decoder.null_probability == 0:
+            raise V2FlowError(
+                f"option guidance: expected 1, found {settings.guidance}: this tokenizer was trained with "
+                "decoder.null_probability=0 and knows nothing to guide away from"
+            )
         check_ids(ids, self.num_tokens, self.codebook_size)
         if not len(ids):
             return torch.empty(0, 3, self.config.image_size, self.config.image_size)
@@ -252,14 +257,16 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def inference(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no TF32 inside; every submodule's own mode is put back afterwards."""
+    """Evaluation mode inside, and no TF32 in products or convolutions; all of it is put back afterwards."""
     modes = {name: part.training for name, part in module.named_modules()}
-    precision = torch.get_float32_matmul_precision()
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         module.eval()
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
         for name, part in module.named_modules():
             part.training = modes[name]

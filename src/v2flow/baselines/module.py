@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from v2flow.baselines.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
-from v2flow.training.module import ReconstructionModule, valid_images
+from v2flow.training.module import ReconstructionModule
 from v2flow.training.optimizer import OptimizerConfig
 
 
@@ -43,7 +43,6 @@ class VQAutoencoderModule(ReconstructionModule):
         self.log_losses({"loss": total} | terms, "train", len(batch["image"]))
         return total
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        images = valid_images(batch)
+    def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         total, terms = self.model.losses(images)
-        self.log_losses({"loss": total} | terms, "val", len(images))
+        return {"loss": total} | terms

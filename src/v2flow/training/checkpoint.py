@@ -9,7 +9,7 @@ from torch import nn
 
 from v2flow.config import TokenizerConfig, from_dict
 from v2flow.errors import V2FlowError
-from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_weights
+from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_config, read_weights
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -89,8 +89,18 @@ def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tupl
 
 
 def initialise_from(model: nn.Module, path: str | Path) -> None:
-    """Copy the averaged weights of a checkpoint or exported folder into `model` (`--init-from`)."""
+    """Copy the averaged weights of a checkpoint or exported folder into `model` (`--init-from`).
+
+    Raises:
+        V2FlowError: weights of other shapes, or trained with another frozen vocabulary or codec.
+    """
     if Path(path).is_dir():
-        load_weights(model, read_weights(Path(path) / WEIGHTS), str(path))
-        return
-    load_weights(model, model_weights(read_checkpoint(path), "ema"), str(path))
+        info, weights = read_config(Path(path)), read_weights(Path(path) / WEIGHTS)
+    else:
+        checkpoint = read_checkpoint(path)
+        info, weights = checkpoint["v2flow"], model_weights(checkpoint, "ema")
+    trained: Any = model
+    if hasattr(model, "vocabulary_sha256"):
+        check_vocabulary(trained.vocabulary_sha256, info.get("vocabulary_sha256"), str(path))
+    check_codec(trained.codec.fingerprint(), info.get("codec_sha256"), str(path))
+    load_weights(model, weights, str(path))

@@ -42,8 +42,8 @@ class FinalResult:
 class ReconstructionCallback(Callback):
     """Logs reconstruction figures and grids; at the end of the fit writes metrics.json and grid.png.
 
-    At every validation, over all ranks: `val/MODE/psnr`, `psnr_pooled`, `ssim` of each mode,
-    `val/codebook_usage`, `val/codebook_perplexity`, with `features` also the feature distances (KID with its
+    At every validation, and under `test/` in `v2flow test`, over all ranks: `val/MODE/psnr`, `psnr_pooled`, `ssim` of
+    each mode, `val/codebook_usage`, `val/codebook_perplexity`, with `features` also the feature distances (KID with its
     standard error), and `val/psnr`, the psnr of the first mode, for ModelCheckpoint to monitor. A grid,
     originals in the first row and each mode beneath, goes to TensorBoard and to LOGDIR/grids/step-XXXXXX.png.
 
@@ -127,6 +127,21 @@ class ReconstructionCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures. The model is not run, so averaged weights may be swapped out before or after."""
+        self._log("val", trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts from nothing."""
+        self._evaluator = None
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Scores one batch."""
+        self.on_validation_batch_end(*args, **kwargs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Logs the figures."""
+        self._log("test", trainer, pl_module)
+
+    def _log(self, stage: str, trainer: Trainer, pl_module: Any) -> None:
         if self._evaluator is None:
             return
         result = self._evaluator.compute()
@@ -138,13 +153,14 @@ class ReconstructionCallback(Callback):
         figures["codebook_perplexity"] = result["codebook"]["perplexity"]
         for name, value in figures.items():
             # Equal on every rank: the synchronising mean changes nothing.
-            pl_module.log(f"val/{name}", value, prog_bar=name == "psnr", sync_dist=True, batch_size=1)
+            pl_module.log(f"{stage}/{name}", value, prog_bar=name == "psnr", sync_dist=True, batch_size=1)
         directory = log_directory(trainer)
         if self.grid_images > 0 and trainer.is_global_zero and not _dry_run(trainer):
-            path = directory / "grids" / f"step-{trainer.global_step:06d}.png"
+            name = "test" if stage == "test" else f"step-{trainer.global_step:06d}"
+            path = directory / "grids" / f"{name}.png"
             grid = self._evaluator.grid()
             save_grid([row.float() / 255.0 for row in grid.values()], path)
-            _log_grid(trainer, grid)
+            _log_grid(trainer, stage, grid)
         self._evaluator = None
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -226,12 +242,12 @@ def log_directory(trainer: Trainer) -> Path:
 
 
 @rank_zero_only
-def _log_grid(trainer: Trainer, grid: dict[str, torch.Tensor]) -> None:
+def _log_grid(trainer: Trainer, stage: str, grid: dict[str, torch.Tensor]) -> None:
     """All rows of the grid as one picture [3, rows·H, n·W] in TensorBoard."""
     rows = [torch.cat(list(row), dim=2) for row in grid.values()]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image("val/grid", torch.cat(rows, dim=1), trainer.global_step)
+            logger.experiment.add_image(f"{stage}/grid", torch.cat(rows, dim=1), trainer.global_step)
 
 
 def _validation_loader(trainer: Trainer) -> Optional[Iterable[Mapping[str, Any]]]:

@@ -65,6 +65,18 @@ class ReconstructionModule(LightningModule):
             self.log(f"{stage}/{name}", value.detach(), batch_size=batch_size, prog_bar=name == "loss",
                      sync_dist=stage != "train")  # fmt: skip
 
+    def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Loss terms of pictures `[B, 3, H, W]`, the same at every call; `loss` is their total."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images = valid_images(batch)
+        self.log_losses(self.evaluation_losses(images, batch_idx), "val", len(images))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images = valid_images(batch)
+        self.log_losses(self.evaluation_losses(images, batch_idx), "test", len(images))
+
     def configure_optimizers(self) -> Any:
         return configure_adamw(self.model, self.optimizer_config)
 

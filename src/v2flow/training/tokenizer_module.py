@@ -8,7 +8,7 @@ from torch import Tensor
 from v2flow.config import TokenizerConfig
 from v2flow.decoding import decode_options
 from v2flow.tokenizer import V2FlowTokenizer
-from v2flow.training.module import ReconstructionModule, seeded_generator, valid_images
+from v2flow.training.module import ReconstructionModule, seeded_generator
 from v2flow.training.optimizer import OptimizerConfig, configure_adamw
 
 
@@ -56,15 +56,13 @@ class TokenizerModule(ReconstructionModule):
     def configure_optimizers(self) -> Any:
         return configure_adamw(self.model, self.optimizer_config, self.model.windows())
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
-        images = valid_images(batch)
         losses = self.model.losses(images, 1.0, generator)
-        terms = {
+        return {
             "loss": losses.total, "mean": losses.mean, "flow": losses.flow,
             "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
         }  # fmt: skip
-        self.log_losses(terms, "val", len(images))
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"vocabulary_sha256": self.model.vocabulary_sha256}
