@@ -4,7 +4,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXPERIMENT ?= experiments/tokenizer/openmoji-32.yaml
-SUITE ?= experiments/benchmark/ablation-cifar10-32.yaml
+SUITE ?= experiments/benchmark/quick-openmoji-32.yaml
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -14,6 +14,7 @@ NAME := $(basename $(notdir $(EXPERIMENT)))
 # The default pictures are built only for an experiment that reads them; their manifest is written last.
 OPENMOJI := data/openmoji/manifest.json
 DATA := $(shell grep -qs data/openmoji "$(EXPERIMENT)" && echo $(OPENMOJI))
+SUITE_DATA := $(shell grep -qs data/openmoji "$(SUITE)" && echo $(OPENMOJI))
 
 # What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
 CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
@@ -61,7 +62,8 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \
 	  $(if $(DATA),--floors-train "data/openmoji/train-*.tar") $(ARGS)
 
-benchmark: $(VENV)/.installed-cli
+benchmark: $(VENV)/.installed-cli $(SUITE_DATA)
+	@[ -f "$(SUITE)" ] || { echo "v2flow: error: SUITE=$(SUITE): no such file; see experiments/benchmark/" >&2; exit 2; }
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
 
 test: $(VENV)/.installed-test
