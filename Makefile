@@ -26,7 +26,7 @@ START := $(shell date +%s)
 minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 
 .DEFAULT_GOAL := help
-.PHONY: help train-tokenizer evaluate benchmark test test-gpu lint format experiment-exists
+.PHONY: help train-tokenizer evaluate benchmark test test-gpu lint format experiment-exists suite-exists
 .DELETE_ON_ERROR:
 
 help:
@@ -62,8 +62,7 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \
 	  $(if $(DATA),--floors-train "data/openmoji/train-*.tar") $(ARGS)
 
-benchmark: $(VENV)/.installed-cli $(SUITE_DATA)
-	@[ -f "$(SUITE)" ] || { echo "v2flow: error: SUITE=$(SUITE): no such file; see experiments/benchmark/" >&2; exit 2; }
+benchmark: suite-exists $(VENV)/.installed-cli $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
 
 test: $(VENV)/.installed-test
@@ -84,6 +83,10 @@ format: $(VENV)/.installed-lint
 experiment-exists:
 	@[ -f "$(EXPERIMENT)" ] || { \
 	  echo "v2flow: error: EXPERIMENT=$(EXPERIMENT): no such file; see experiments/tokenizer/" >&2; exit 2; }
+
+suite-exists:
+	@[ -f "$(SUITE)" ] || { \
+	  echo "v2flow: error: SUITE=$(SUITE): no such file; see experiments/benchmark/" >&2; exit 2; }
 
 $(OPENMOJI): | $(VENV)/.installed-cli
 	$(V2FLOW) data openmoji --out data/openmoji

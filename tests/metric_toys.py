@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from v2flow.metrics.evaluator import world
+from v2flow.ranks import world
 
 MODES: dict[str, dict[str, Any]] = {"mean": {"spread": 0.0}, "sampled": {"spread": 0.1}}
 

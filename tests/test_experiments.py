@@ -68,19 +68,24 @@ def test_the_baseline_differs_in_the_model_alone(capsys: pytest.CaptureFixture[s
         assert tokenizer["resampler"][option] == plain["encoder"][option]
 
 
-@pytest.mark.parametrize("name", ["reference-512", "reference-1024"])
-def test_reference_is_the_papers_size(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Built on the meta device: the paper's shapes, without weights or memory."""
+def on_meta(path: Path, capsys: pytest.CaptureFixture[str], dim: int) -> Any:
+    """The experiment's tokenizer over a vocabulary of width `dim`, without weights or memory."""
     from v2flow.config import TokenizerConfig, from_dict
     from v2flow.llm import LLMVocabulary
     from v2flow.tokenizer import V2FlowTokenizer
 
-    (path,) = [path for path in EXPERIMENTS if path.stem == name]
     config = from_dict(TokenizerConfig, printed_config(path, capsys)["model"]["init_args"]["tokenizer"])
+    rows = config.vocabulary.size or 32000
     with torch.device("meta"):
-        table = torch.empty(32000, 4096)
-        vocabulary = LLMVocabulary.from_table(table, [""] * 32000, "meta")
-        tokenizer = V2FlowTokenizer(config, vocabulary)
+        table = torch.empty(rows, dim)
+        return V2FlowTokenizer(config, LLMVocabulary.from_table(table, [""] * rows, "meta"))
+
+
+@pytest.mark.parametrize("name", ["reference-512", "reference-1024"])
+def test_reference_is_the_papers_size(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Built on the meta device: the paper's shapes, without weights or memory."""
+    (path,) = [path for path in EXPERIMENTS if path.stem == name]
+    tokenizer = on_meta(path, capsys, 4096)
     side = {"reference-512": 16, "reference-1024": 32}[name]
     assert tokenizer.num_tokens == side**2 and tokenizer.codebook_size == 16384
     assert tokenizer.latent_grid == (side, side)
@@ -90,15 +95,8 @@ def test_reference_is_the_papers_size(name: str, capsys: pytest.CaptureFixture[s
 
 def test_imagenet_fits_together(capsys: pytest.CaptureFixture[str]) -> None:
     """Its parts are built on the meta device, on the latents of an autoencoder of the usual architecture."""
-    from v2flow.config import TokenizerConfig, from_dict
-    from v2flow.llm import LLMVocabulary
-    from v2flow.tokenizer import V2FlowTokenizer
-
     (path,) = [path for path in EXPERIMENTS if path.stem == "imagenet-256"]
-    config = from_dict(TokenizerConfig, printed_config(path, capsys)["model"]["init_args"]["tokenizer"])
-    assert config.vocabulary.size is not None
-    with torch.device("meta"):
-        table = torch.empty(config.vocabulary.size, 640)
-        tokenizer = V2FlowTokenizer(config, LLMVocabulary.from_table(table, [""] * len(table), "meta"))
+    tokenizer = on_meta(path, capsys, 640)
+    assert tokenizer.config.vocabulary.size is not None
     assert tokenizer.latent_grid == (32, 32) and tokenizer.num_tokens == 256
     assert tokenizer.codec.channels == 4 and tokenizer.codec.downsample == 8

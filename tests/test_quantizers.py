@@ -17,7 +17,7 @@ KINDS = get_args(Kind)
 
 def make(kind: str, size: int = 64) -> Quantizer:
     torch.manual_seed(0)
-    return Quantizer(vq_config(quantizer=kind, codebook_size=size).quantizer_config())
+    return Quantizer(vq_config(quantizer=kind, codebook_size=size))
 
 
 @pytest.mark.parametrize("kind", KINDS)

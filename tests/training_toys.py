@@ -1,32 +1,26 @@
 """A small experiment file and shards for it, for tests that train through the command line."""
 
-import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from data_toys import encode, write_tar
 
 PICTURES = 24
 
 
 def write_shards(folder: Path) -> dict[str, str]:
     """Shards `train` and `val` of 16 px pictures without captions."""
-    from PIL import Image
-
     generator = torch.Generator().manual_seed(0)
+    shards = {}
     for split, count in (("train", PICTURES), ("val", 6)):
-        with tarfile.open(folder / f"{split}-000000.tar", "w") as archive:
-            for index in range(count):
-                pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
-                data = io.BytesIO()
-                Image.fromarray(pixels.numpy()).save(data, "PNG")
-                member = tarfile.TarInfo(f"{split}{index:03d}.png")
-                member.size = data.tell()
-                data.seek(0)
-                archive.addfile(member, data)
-    return {split: str(folder / f"{split}-000000.tar") for split in ("train", "val")}
+        members = []
+        for index in range(count):
+            pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
+            members.append((f"{split}{index:03d}.png", encode(pixels.numpy())))
+        shards[split] = write_tar(folder / f"{split}-000000.tar", members)
+    return shards
 
 
 def experiment(shards: dict[str, str], folder: Path, **trainer: Any) -> dict[str, Any]:

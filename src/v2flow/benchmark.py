@@ -158,7 +158,8 @@ def _train(row: Row, seed: int, command: list[str], runs: Path) -> dict[str, Any
     log = folder / "fit.log"
     places = [f"--trainer.logger.init_args.save_dir={runs}", f"--trainer.logger.init_args.name={name}"]
     before = set(folder.glob("version_*/metrics.json"))
-    commit, start = current_commit(), time.monotonic()
+    origin = {"commit": current_commit(), "experiment_sha256": experiment_hash(command)}
+    start = time.monotonic()
     with log.open("wb") as file:
         status = subprocess.run(
             [sys.executable, "-m", "v2flow", *command, *places], stdout=file, stderr=subprocess.STDOUT
@@ -176,11 +177,9 @@ def _train(row: Row, seed: int, command: list[str], runs: Path) -> dict[str, Any
         "name": row.name,
         "seed": seed,
         "command": ["v2flow", *command],
-        "commit": commit,
-        "experiment_sha256": experiment_hash(command),
+        **origin,
         "minutes": round(minutes, 2),
         "step": report["step"],
-        "images": report["weights"]["ema"]["images"] if "ema" in report["weights"] else None,
         "weights": report["weights"],
     }
 

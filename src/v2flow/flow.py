@@ -116,7 +116,7 @@ class FlowHead(nn.Module):
                 mean = self.mean(condition).float()
             mean_loss = ((latents - mean).square() * weight).sum()
             target = self._normalised_residual(latents - mean.detach(), weight)
-        if null is not None:
+        if null is not None and stage != "tokens":
             condition = torch.where(null[:, None, None], self.unconditional(condition), condition)
         flow = zero
         for _ in range(0 if stage == "tokens" else self.config.draws):

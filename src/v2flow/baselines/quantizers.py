@@ -9,42 +9,51 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantize
 
 from v2flow.errors import V2FlowError
+from v2flow.ranks import world
 
 Kind = Literal["vq", "simvq", "rvq", "fsq", "lfq", "bsq"]
 
 
 @dataclass
 class QuantizerConfig:
-    """Options of a quantizer; see `VQAutoencoderConfig`."""
+    """Options of a quantizer."""
 
-    kind: Kind
-    size: int
-    dim: int
-    decay: float
-    commitment: float
-    entropy: float
-    dead_code_threshold: float
+    quantizer: Kind = "vq"
+    """vq: cosine codebook of running means; simvq: a frozen codebook behind a learned linear map; rvq: two residual
+    codebooks of sqrt(K) codes; fsq: finite scalar levels; lfq: signs; bsq: signs on the sphere. All of log2(K) bits."""
+    codebook_size: int = 1024
+    """Number of codes K."""
+    code_dim: int = 32
+    """Width of a code; fsq, lfq and bsq map from it to their few dimensions and back."""
+    decay: float = 0.95
+    """Decay of the codebook's running means; only for quantizer=vq and rvq."""
+    commitment: float = 0.25
+    """Weight of the commitment loss, a mean over a code's dimensions; not for quantizer=fsq, which has none."""
+    entropy: float = 0.1
+    """Weight of the entropy loss; only for quantizer=lfq and bsq."""
+    dead_code_threshold: float = 1.0
+    """Codes whose running count falls below this are replaced by tokens of the batch; only for vq and rvq."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        size, kind = self.codebook_size, self.quantizer
+        if kind not in get_args(Kind):
             raise V2FlowError(
-                f"option quantizer: expected one of {', '.join(get_args(Kind))}, found {self.kind!r}"
+                f"option quantizer: expected one of {', '.join(get_args(Kind))}, found {kind!r}"
             )
-        bits = math.log2(self.size)
-        if self.kind in ("fsq", "lfq", "bsq") and (not bits.is_integer() or bits < 2):
+        bits = math.log2(size)
+        if kind in ("fsq", "lfq", "bsq") and (not bits.is_integer() or bits < 2):
             raise V2FlowError(
-                f"option codebook_size: expected a power of two from 4 on for quantizer={self.kind}, "
-                f"found {self.size}; {2 ** max(round(bits), 2)} is the nearest"
+                f"option codebook_size: expected a power of two from 4 on for quantizer={kind}, "
+                f"found {size}; {2 ** max(round(bits), 2)} is the nearest"
             )
-        if self.kind == "rvq" and math.isqrt(self.size) ** 2 != self.size:
+        if kind == "rvq" and math.isqrt(size) ** 2 != size:
             raise V2FlowError(
                 f"option codebook_size: expected a square for quantizer=rvq, two codebooks of sqrt(K) codes, "
-                f"found {self.size}; {round(math.sqrt(self.size)) ** 2} is the nearest"
+                f"found {size}; {round(math.sqrt(size)) ** 2} is the nearest"
             )
 
 
@@ -68,70 +77,66 @@ class Quantizer(nn.Module):
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.inner: Any = _BUILDERS[config.kind](config)
+        self.inner: Any = _BUILDERS[config.quantizer](config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes with a straight-through gradient, ids, and the weighted auxiliary loss, a scalar."""
-        if self.config.kind == "fsq":
+        if self.config.quantizer == "fsq":
             codes, ids = self.inner(x)
             return codes, ids.long(), x.new_zeros(())
         codes, ids, loss = self.inner(x)
-        if self.config.kind == "rvq":
-            ids = ids[..., 0] * math.isqrt(self.config.size) + ids[..., 1]
+        if self.config.quantizer == "rvq":
+            ids = ids[..., 0] * math.isqrt(self.config.codebook_size) + ids[..., 1]
         return codes, ids, loss.sum()
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Codes `[B, N, D]` of ids `[B, N]`."""
-        if self.config.kind == "rvq":
-            side = math.isqrt(self.config.size)
+        if self.config.quantizer == "rvq":
+            side = math.isqrt(self.config.codebook_size)
             return self.inner.get_output_from_indices(torch.stack([ids // side, ids % side], dim=-1))
-        if self.config.kind == "vq":
+        if self.config.quantizer == "vq":
             return self.inner.get_output_from_indices(ids)
         return self.inner.indices_to_codes(ids)
 
 
-def _synchronised() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _running_means(config: QuantizerConfig) -> dict[str, Any]:
+    """Options of codebooks that are running means of their tokens."""
+    return {
+        "dim": config.code_dim,
+        "decay": config.decay,
+        "commitment_weight": config.commitment,
+        "threshold_ema_dead_code": config.dead_code_threshold,
+        "kmeans_init": False,
+        "rotation_trick": False,
+        "stochastic_sample_codes": False,
+        "sync_codebook": world()[1] > 1,
+    }
 
 
 def _vq(config: QuantizerConfig) -> nn.Module:
     return VectorQuantize(
-        dim=config.dim,
-        codebook_size=config.size,
+        codebook_size=config.codebook_size,
         use_cosine_sim=True,
         ema_update=True,
         learnable_codebook=False,
-        decay=config.decay,
-        commitment_weight=config.commitment,
-        threshold_ema_dead_code=config.dead_code_threshold,
-        kmeans_init=False,
-        rotation_trick=False,
-        stochastic_sample_codes=False,
-        sync_codebook=_synchronised(),
+        **_running_means(config),
     )
 
 
 def _rvq(config: QuantizerConfig) -> nn.Module:
     return ResidualVQ(
-        dim=config.dim,
         num_quantizers=2,
-        codebook_size=math.isqrt(config.size),
+        codebook_size=math.isqrt(config.codebook_size),
         shared_codebook=False,
         quantize_dropout=False,
-        decay=config.decay,
-        commitment_weight=config.commitment,
-        threshold_ema_dead_code=config.dead_code_threshold,
-        kmeans_init=False,
-        rotation_trick=False,
-        stochastic_sample_codes=False,
-        sync_codebook=_synchronised(),
+        **_running_means(config),
     )
 
 
 def _simvq(config: QuantizerConfig) -> nn.Module:
     return SimVQ(
-        dim=config.dim,
-        codebook_size=config.size,
+        dim=config.code_dim,
+        codebook_size=config.codebook_size,
         rotation_trick=False,
         input_to_quantize_commit_loss_weight=config.commitment,
         commitment_weight=1.0,  # of the codes' own error, which is how they learn
@@ -139,18 +144,23 @@ def _simvq(config: QuantizerConfig) -> nn.Module:
 
 
 def _fsq(config: QuantizerConfig) -> nn.Module:
-    return FSQ(levels=fsq_levels(config.size), dim=config.dim, preserve_symmetry=False, noise_dropout=0.0)
+    return FSQ(
+        levels=fsq_levels(config.codebook_size),
+        dim=config.code_dim,
+        preserve_symmetry=False,
+        noise_dropout=0.0,
+    )
 
 
 def _lfq(config: QuantizerConfig) -> nn.Module:
     return LFQ(
-        dim=config.dim,
-        codebook_size=config.size,
+        dim=config.code_dim,
+        codebook_size=config.codebook_size,
         entropy_loss_weight=config.entropy,
         commitment_loss_weight=config.commitment,
         diversity_gamma=1.0,
         num_codebooks=1,
-        spherical=config.kind == "bsq",
+        spherical=config.quantizer == "bsq",
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from v2flow.baselines.quantizers import Kind, Quantizer, QuantizerConfig
+from v2flow.baselines.quantizers import Quantizer, QuantizerConfig
 from v2flow.codec import build_codec
 from v2flow.config import CodecConfig, ResamplerConfig
 from v2flow.errors import V2FlowError
@@ -16,7 +16,7 @@ from v2flow.transformer import Transformer, grid_positions
 
 
 @dataclass
-class VQAutoencoderConfig:
+class VQAutoencoderConfig(QuantizerConfig):
     """Everything that defines the baseline; the encoder's options are the resampler's."""
 
     image_size: int = 32
@@ -24,21 +24,6 @@ class VQAutoencoderConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     encoder: ResamplerConfig = field(default_factory=ResamplerConfig)
     """Width, depth and token_grid; the options of the vocabulary's read-out have no place here."""
-    quantizer: Kind = "vq"
-    """vq: cosine codebook of running means; simvq: a frozen codebook behind a learned linear map; rvq: two residual
-    codebooks of sqrt(K) codes; fsq: finite scalar levels; lfq: signs; bsq: signs on the sphere. All of log2(K) bits."""
-    codebook_size: int = 1024
-    """Number of codes K."""
-    code_dim: int = 32
-    """Width of a code; fsq, lfq and bsq map from it to their few dimensions and back."""
-    decay: float = 0.95
-    """Decay of the codebook's running means; only for quantizer=vq and rvq."""
-    commitment: float = 0.25
-    """Weight of the commitment loss, a mean over a code's dimensions; not for quantizer=fsq, which has none."""
-    entropy: float = 0.1
-    """Weight of the entropy loss; only for quantizer=lfq and bsq."""
-    dead_code_threshold: float = 1.0
-    """Codes whose running count falls below this are replaced by tokens of the batch; only for vq and rvq."""
     width: int = 192
     """Width of the decoder."""
     heads: int = 6
@@ -59,14 +44,7 @@ class VQAutoencoderConfig:
         ):
             if not holds:
                 raise V2FlowError(f"option {name}: expected {expected}, found {getattr(self, name)!r}")
-        self.quantizer_config()
-
-    def quantizer_config(self) -> QuantizerConfig:
-        """The options of the quantizer alone."""
-        return QuantizerConfig(
-            self.quantizer, self.codebook_size, self.code_dim, self.decay, self.commitment, self.entropy,
-            self.dead_code_threshold,
-        )  # fmt: skip
+        super().__post_init__()
 
 
 class VQAutoencoder(nn.Module):
@@ -96,7 +74,7 @@ class VQAutoencoder(nn.Module):
         )
         self.encoder = PatchEncoder(channels, config.encoder)
         self.to_code = nn.Linear(config.encoder.width, config.code_dim)
-        self.quantizer = Quantizer(config.quantizer_config())
+        self.quantizer = Quantizer(config)
         self.from_code = nn.Linear(config.code_dim, config.width)
         self.positions = nn.Parameter(grid_positions(height, width, config.width))
         self.decoder = Transformer(config.width, config.depth, config.heads)
@@ -109,7 +87,7 @@ class VQAutoencoder(nn.Module):
         The library decides this when a codebook is made, and a model is made before its ranks are: call this once
         they are.
         """
-        quantizer = Quantizer(self.config.quantizer_config())
+        quantizer = Quantizer(self.config)
         quantizer.load_state_dict(self.quantizer.state_dict())
         self.quantizer = quantizer.to(self.positions.device).train(self.quantizer.training)
 

