@@ -93,8 +93,8 @@ $(OPENMOJI): | $(VENV)/.installed-cli
 
 # One stamp for each set of extras; a change of the dependencies installs again.
 EXTRAS_cli := cli
-EXTRAS_test := cli,test
-EXTRAS_lint := cli,test,lint
+EXTRAS_test := cli,test,t2i
+EXTRAS_lint := cli,test,t2i,lint
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@echo "v2flow: installing packages into $(VENV); the first time this takes some minutes"

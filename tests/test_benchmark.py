@@ -8,10 +8,28 @@ import pytest
 import yaml
 from training_toys import experiment, write, write_shards
 
-from v2flow.benchmark import read_suite, row_command
+from v2flow.benchmark.plan import check_held_out
+from v2flow.benchmark.suite import Suite, fit_command, read_suite
 from v2flow.cli import main
+from v2flow.errors import V2FlowError
 
 SUITES = sorted((Path(__file__).parent.parent / "experiments" / "benchmark").glob("*.yaml"))
+OWN = """
+import torch
+
+class Rounded(torch.nn.Module):
+    image_size, num_tokens, codebook_size = 16, 16, 32
+
+    def encode(self, images):
+        return (images.mean(1).unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2)) * 31).round().long().flatten(1)
+
+    def decode(self, ids):
+        grey = (ids / 31).view(-1, 1, 4, 4).expand(-1, 3, -1, -1)
+        return torch.nn.functional.interpolate(grey, 16)
+
+def build():
+    return Rounded()
+"""
 
 
 def write_suite(folder: Path, **changes: Any) -> Path:
@@ -19,10 +37,11 @@ def write_suite(folder: Path, **changes: Any) -> Path:
         "title": "A suite",
         "experiment": str(folder / "experiment.yaml"),
         "arguments": ["--model.init_args.optimizer.total_steps=2"],
+        "evaluate": {"data": str(folder / "test-000000.tar")},
         "seeds": [3],
         "rows": [
             {"name": "As it stands"},
-            {"name": "16 codes", "arguments": ["--model.init_args.tokenizer.visual_vocabulary.size=16"]},
+            {"name": "Keys of 4", "arguments": ["--model.init_args.tokenizer.resampler.key_dim=4"]},
         ],
     } | changes
     path = folder / "suite.yaml"
@@ -30,67 +49,133 @@ def write_suite(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def run(suite: Path) -> int:
-    return main(
-        ["benchmark", str(suite), "--out", str(suite.parent / "out"), "--runs", str(suite.parent / "runs")]
-    )
+def write_experiment(folder: Path, **tokenizer: Any) -> dict[str, str]:
+    """The toy experiment with its own training and test shards beside it."""
+    shards = write_shards(folder)
+    (folder / "test-000000.tar").write_bytes(Path(shards["val"]).read_bytes())
+    config = experiment(shards, folder)
+    for part, options in tokenizer.items():
+        config["model"]["init_args"]["tokenizer"][part] |= options
+    write(config, folder / "experiment.yaml")
+    return shards
 
 
-def test_rows_are_trained_once_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(experiment(write_shards(tmp_path), tmp_path), tmp_path / "experiment.yaml")
-    broken = write_suite(
-        tmp_path, rows=[{"name": "As it stands"}, {"name": "16 codes", "arguments": ["--nothing=1"]}]
-    )
-    assert run(broken) == 2
-    error = capsys.readouterr().err
-    assert "row '16 codes'" in error and "--nothing=1" in error and "fit.log" in error
+def run(suite: Path, *words: str) -> int:
+    out, runs = suite.parent / "out", suite.parent / "runs"
+    return main(["benchmark", str(suite), "--out", str(out), "--runs", str(runs), *words])
 
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "out" / "results.json").read_text())["rows"]
+    return rows
+
+
+def test_rows_are_trained_once_scored_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
     assert run(write_suite(tmp_path)) == 0
     output = capsys.readouterr().out
-    assert "row 1 of 2" not in output and "row 2 of 2: 16 codes, seed 3" in output
-    first, second = (
-        json.loads((tmp_path / "out" / f"{slug}-seed3.json").read_text())
-        for slug in ("as-it-stands", "16-codes")
-    )
-    assert [r["weights"]["ema"]["codebook"]["size"] for r in (first, second)] == [32, 16]
+    assert "2 of 2 done" in output and "+0.0%" in output
+    first, second = results(tmp_path)
     assert first["step"] == second["step"] == 2 and first["minutes"] > 0
-    assert second["command"][-1] == "--model.init_args.tokenizer.visual_vocabulary.size=16"
-    assert "--seed_everything=3" in second["command"] and str(tmp_path / "runs") not in str(second)
+    assert (first["tokens"], first["codebook_size"], first["bits"]) == (16, 32, 80)
+    assert first["parameters"] > second["parameters"]
+    assert second["command"][-1] == "--model.init_args.tokenizer.resampler.key_dim=4"
+    assert "--seed_everything=3" in second["command"] and str(tmp_path / "runs") not in str(second["command"])
+    assert first["weights"]["ema"]["images"] == 6 and first["protocol"]["split"] == "test"
+    assert (tmp_path / "out" / first["grid"]).is_file()
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert f"{second['weights']['ema']['modes']['one_step']['psnr']:.2f}" in page
+    assert page.count("v2flow fit --config") == 2
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
 
-    table = (tmp_path / "out" / "README.md").read_text()
-    psnr = second["weights"]["ema"]["modes"]["one_step"]["psnr"]
-    assert f"| 16 codes | 3 | one_step | {psnr:.2f} |" in table
-    assert table.count("v2flow fit --config") == 2
-
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-seed3.json")}
     assert run(write_suite(tmp_path)) == 0
-    assert "row" not in capsys.readouterr().out.split("# A suite")[0]
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_failed_row_is_named_and_the_others_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
+    broken = {"name": "Breaks", "arguments": ["--data.batch_size=1000"]}
+    assert run(write_suite(tmp_path, rows=[{"name": "As it stands"}, broken])) == 2
+    error = capsys.readouterr().err
+    assert "row 'Breaks'" in error
+    assert [path.name for path in (tmp_path / "out").glob("*-seed3.json")] == ["as-it-stands-seed3.json"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["pending"] == [["Breaks", 3]]
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    suite = write_suite(
+        tmp_path, rows=[{"name": "one"}], arguments=["--model.init_args.optimizer.total_steps=4"]
+    )
+    assert run(suite) == 0
+    whole = results(tmp_path)[0]
+    (tmp_path / "out" / "one-seed3.json").unlink()
+    (folder,) = (tmp_path / "runs").glob("one-seed3-*")
+    (folder / "trained.json").unlink()
+    assert run(suite) == 0
+    again = results(tmp_path)[0]
+    assert len(list(folder.glob("fit/version_*"))) == 2
+    assert again["step"] == 4 and again["weights"] == whole["weights"]
 
 
 def test_a_row_of_another_command_is_trained_again(tmp_path: Path) -> None:
     """A result belongs to the words and the experiment file that made it, not to the name of its row alone."""
-    write(experiment(write_shards(tmp_path), tmp_path), tmp_path / "experiment.yaml")
-    result = tmp_path / "out" / "one-seed0.json"
+    write_experiment(tmp_path)
+    sizes = []
     for size in (16, 24):
         rows = [{"name": "one", "arguments": [f"--model.init_args.tokenizer.visual_vocabulary.size={size}"]}]
-        assert run(write_suite(tmp_path, rows=rows, seeds=[0])) == 0
-        assert json.loads(result.read_text())["weights"]["ema"]["codebook"]["size"] == size
-    minutes = result.read_text()
-    changed = experiment(write_shards(tmp_path), tmp_path)
-    changed["model"]["init_args"]["tokenizer"]["decoder"]["heads"] = 4
-    write(changed, tmp_path / "experiment.yaml")
-    assert run(write_suite(tmp_path, rows=rows, seeds=[0])) == 0
-    assert result.read_text() != minutes
+        assert run(write_suite(tmp_path, rows=rows)) == 0
+        sizes.append(results(tmp_path)[0]["codebook_size"])
+    assert sizes == [16, 24]
+    before = results(tmp_path)
+    write_experiment(tmp_path, decoder={"heads": 4})
+    assert run(write_suite(tmp_path, rows=rows)) == 0
+    assert results(tmp_path)[0]["identity"] != before[0]["identity"]
+
+
+def test_minutes_become_steps_of_each_rows_own(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    wide = {"name": "wide", "arguments": ["--model.init_args.tokenizer.resampler.depth=12"]}
+    assert run(write_suite(tmp_path, rows=[{"name": "narrow"}, wide], minutes=0.02), "--plan") == 0
+    kept = json.loads((tmp_path / "out" / "overhead.json").read_text())["rows"]
+    assert kept["wide"]["step_flops"] > kept["narrow"]["step_flops"]
+    assert kept["narrow"]["step_time_ratio"]["median"] == 1.0
+
+
+def test_a_tokenizer_of_ones_own_is_scored_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_experiment(tmp_path)
+    (tmp_path / "rounded_tokenizer.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"name": "As it stands"}, {"name": "Mine", "tokenizer": "rounded_tokenizer:build"}]
+    assert run(write_suite(tmp_path, rows=rows)) == 0
+    mine = results(tmp_path)[1]
+    assert mine["command"] is None and mine["bits"] == 80
+    assert mine["weights"]["ema"]["modes"]["own"]["psnr"] > 5
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row": []}, "unknown key 'row'; expected one of title, experiment, rows"),
+        ({"row": []}, "unknown key 'row'; expected one of title, experiment, evaluate, rows"),
         ({"rows": [{"arguments": []}]}, "row 1: missing 1 required positional argument: 'name'"),
         ({"rows": [{"name": "a b"}, {"name": "A-B"}]}, "a name of its own for each row, found 'a-b'"),
         ({"rows": None}, "rows: expected a list of trainings, found None"),
         ({"rows": [{"name": 3}]}, "expected a name in words, found 3"),
-        ({"rows": ["name"]}, "row 1: expected the keys name, arguments, experiment, found str"),
+        ({"rows": ["name"]}, "row 1: expected the keys name, arguments, experiment"),
+        ({"evaluate": {"date": 1}}, "evaluate: unknown key 'date'"),
+        ({"reference": "VQ"}, "reference: expected the name of a row, found 'VQ'"),
+        ({"minutes": -1}, "minutes: expected a positive number or null, found -1"),
+        (
+            {"rows": [{"name": "a", "tokenizer": "m:f", "arguments": ["x"]}]},
+            "either a tokenizer or an experiment",
+        ),
     ],
 )
 def test_mistakes_in_a_suite(
@@ -102,18 +187,74 @@ def test_mistakes_in_a_suite(
     assert str(suite) in error and message in error
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"arguments": ["--model.init_args.tokenizer.visual_vocabulary.size=16"]},
+            "found 16 from 16 (64 bits)",
+        ),
+        (
+            {"arguments": ["--model.init_args.tokenizer.resampler.token_grid=[2,2]"]},
+            "found 4 from 32 (20 bits)",
+        ),
+        ({"arguments": ["--model.class_path=v2flow.Nothing"]}, "v2flow.Nothing"),
+        ({"arguments": ["--nothing=1"]}, "nothing"),
+        ({"experiment": "no/such.yaml"}, "no/such.yaml"),
+        ({"tokenizer": "no_such_module:build"}, "no_such_module"),
+    ],
+)
+def test_a_row_that_cannot_be_compared_or_built_is_refused_before_any_training(
+    row: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
+    assert run(write_suite(tmp_path, rows=[{"name": "As it stands"}, {"name": "Other"} | row])) == 2
+    error = capsys.readouterr().err
+    assert "row 'Other'" in error and message in error and error.count("\n") <= 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_optional_row_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(tmp_path)
+    rows = [{"name": "As it stands"}, {"name": "Public", "tokenizer": "no_such:build", "optional": True}]
+    assert run(write_suite(tmp_path, rows=rows), "--plan") == 0
+    assert "row 'Public' is left out" in capsys.readouterr().err
+
+
+def test_evaluation_pictures_are_held_out(tmp_path: Path) -> None:
+    train = write_experiment(tmp_path)["train"]
+    with pytest.raises(V2FlowError, match=r"train-000000.tar is also a training shard"):
+        check_held_out(train, train, "row 'a'")
+    copy = tmp_path / "copy-000000.tar"
+    copy.write_bytes(Path(train).read_bytes())
+    with pytest.raises(V2FlowError, match=r"24 groups of .* are in the training shards as well, train000"):
+        check_held_out(str(copy), train, "row 'a'")
+    check_held_out(str(tmp_path / "test-000000.tar"), train, "row 'a'")
+
+
+def test_too_few_pictures_for_a_frechet_distance_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
+    suite = write_suite(tmp_path, evaluate={"data": str(tmp_path / "test-000000.tar"), "limit": 6})
+    assert run(suite, "--plan") == 0
+    assert "6 evaluation pictures: no Fréchet distance is given below 2560" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_the_rows_of_a_shipped_suite_are_read_by_the_command_line(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(path.parent.parent.parent)
-    suite = read_suite(path)
+    suite: Suite = read_suite(path)
     configs = []
     for row in suite.rows:
+        if row.tokenizer is not None:
+            continue
         with pytest.raises(SystemExit) as exit_:
-            main([*row_command(suite, row, 5), "--print_config"])
+            main([*fit_command(suite, row, 5, 100), "--print_config"])
         assert exit_.value.code == 0, row.name
         configs.append(capsys.readouterr().out)
         trainer = yaml.safe_load(configs[-1])["trainer"]
         assert trainer["max_steps"] % trainer["val_check_interval"] == 0
-    assert len(set(configs)) == len(suite.rows), "two rows are the same training"
+    assert len(set(configs)) == len(configs), "two rows are the same training"

@@ -10,8 +10,9 @@ import pytest
 import torch
 from metric_toys import MODES, ColourTokenizer, PlainTokenizer, ToyLoader
 
+from v2flow.decode_modes import select_modes
 from v2flow.errors import V2FlowError
-from v2flow.evaluate import describe_shards, evaluate_checkpoint, evaluate_model, make_report, select_modes
+from v2flow.evaluate import describe_shards, evaluate_checkpoint, evaluate_model, make_report
 from v2flow.images import load_image, save_grid, save_image
 from v2flow.metrics.codebook import codebook_statistics
 from v2flow.metrics.files import write_atomically, write_json

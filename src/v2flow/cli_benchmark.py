@@ -4,13 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from v2flow.errors import V2FlowError
+
 
 def add_benchmark_verb(verbs: Any) -> None:
     """Adds the verb to the subparsers of `v2flow`."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "benchmark",
-        help="train the rows of a suite and table their figures",
-        description="Train every row of a suite that has no result yet, and write a table of all rows.",
+        help="train and score the rows of a suite and report on them",
+        description="Train and score every row of a suite that has no result yet, then write results.json, README.md "
+        "and report.html of all of them. A finished row is not run again, a killed one continues.",
     )
     parser.add_argument("suite", type=Path, metavar="SUITE", help="a YAML file; see experiments/benchmark/")
     parser.add_argument(
@@ -19,17 +22,36 @@ def add_benchmark_verb(verbs: Any) -> None:
     parser.add_argument(
         "--runs", type=Path, metavar="DIR", help="folder of the trainings; default: checkpoints/SUITE"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at once; default: 1")
+    parser.add_argument(
+        "--plan", action="store_true", help="check the suite, measure what its rows cost, and train nothing"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="write the report of what is there, and train nothing"
+    )
     parser.set_defaults(run=run_benchmark)
 
 
 def run_benchmark(options: argparse.Namespace) -> None:
-    """Runs the suite and prints its table."""
-    from v2flow.benchmark import TABLE, read_suite, run_suite, suite_table
+    """Runs the suite, and writes its report after every row."""
+    from v2flow.benchmark.plan import plan_suite
+    from v2flow.benchmark.report import write_report
+    from v2flow.benchmark.runs import kept_results, run_rows
+    from v2flow.benchmark.suite import read_suite
 
+    if options.jobs < 1:
+        raise V2FlowError(f"option --jobs: expected at least 1, found {options.jobs}")
     suite = read_suite(options.suite)
-    name = options.suite.stem
-    out = options.out or Path("benchmarks/results") / name
+    out: Path = options.out or Path("benchmarks/results") / suite.name
     out.mkdir(parents=True, exist_ok=True)
-    results = run_suite(suite, out, options.runs or Path("checkpoints") / name)
-    print(suite_table(suite, results))
-    print(f"v2flow: table {out / TABLE}")
+    plan = plan_suite(suite, out)
+    if options.plan:
+        return
+    if options.report:
+        write_report(suite, plan, kept_results(suite, plan, out), out)
+    else:
+        runs = options.runs or Path("checkpoints") / suite.name
+        run_rows(
+            suite, plan, out, runs, options.jobs, lambda results: write_report(suite, plan, results, out)
+        )
+    print(f"v2flow: report {out / 'README.md'}, {out / 'report.html'}")

@@ -15,6 +15,7 @@ def add_data_verbs(verbs: Any) -> None:
     kinds = data.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_openmoji(kinds)
     _add_folder(kinds)
+    _add_domains(kinds)
     validate = _add_kind(kinds, "validate", run_validate, "counts, sizes and bad members of shards")
     validate.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="files or URLs, with braces or wildcards"
@@ -62,6 +63,16 @@ def _add_folder(kinds: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write counts and bad pictures here")
 
 
+def _add_domains(kinds: Any) -> None:
+    summary = "test patches of medical and satellite pictures and of faces, from files that packages ship"
+    parser = _add_kind(kinds, "domains", run_domains, summary)
+    default = Path("data/domains")
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: data/domains")
+    parser.add_argument("--size", type=int, default=32, metavar="PX", help="side of a patch; default: 32")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these domains; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
+
+
 def _add_kind(kinds: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     description = f"{summary[0].upper()}{summary[1:]}."
     parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=description)
@@ -95,6 +106,16 @@ def run_folder(options: argparse.Namespace) -> None:
     )
     _write(options.json, asdict(report))
     print(f"{report}\n{options.out}")
+
+
+def run_domains(options: argparse.Namespace) -> None:
+    """`v2flow data domains`."""
+    from v2flow.data.domains import build_domains
+
+    reports = build_domains(options.out, options.size, options.only)
+    _write(options.json, {"domains": {name: asdict(report) for name, report in reports.items()}})
+    for name, report in reports.items():
+        print(f"{name}: {report.patches} patches, {report.blank} blank ones left out: {options.out / name}")
 
 
 def run_validate(options: argparse.Namespace) -> None:

@@ -58,6 +58,7 @@ def _add_evaluate(verbs: Any) -> None:
         "--data", required=True, nargs="+", metavar="SHARDS", help="tar files; brace globs are expanded"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and their protocol here")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 16 pictures, originals first")
     parser.add_argument(
         "--weights", nargs="+", choices=("ema", "raw"), default=["ema", "raw"], help="default: both"
     )
@@ -82,6 +83,10 @@ def _add_evaluate(verbs: Any) -> None:
         "--allow-pipe", action="store_true", help="accept shards `pipe:COMMAND`, which run a shell command"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
+    parser.add_argument("--probes", nargs="+", default=[], metavar="PROBE", help="further questions put to the "
+                        "averaged weights: decoding, robustness, alignment, domains")  # fmt: skip
+    parser.add_argument("--probe-limit", type=int, default=1000, metavar="N", help="the first N pictures for "
+                        "each of them; default: 1000")  # fmt: skip
 
 
 def _add_decode_options(parser: argparse.ArgumentParser) -> None:
@@ -119,13 +124,17 @@ def run_evaluate(options: argparse.Namespace) -> None:
         inception_weights=options.inception_weights,
         floors_train=options.floors_train,
         json_path=options.json,
+        grid_path=options.grid,
         allow_pipe=options.allow_pipe,
         num_workers=options.workers,
+        probes=options.probes,
+        probe_limit=options.probe_limit,
         progress=True,
     )
     from v2flow.cli_report import evaluation_table
+    from v2flow.probes.lines import probe_lines
 
-    print(evaluation_table(report))
+    print("\n".join([evaluation_table(report), *probe_lines(report)]))
 
 
 def run_encode(options: argparse.Namespace) -> None:

@@ -8,18 +8,18 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Optional
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
 from v2flow.errors import V2FlowError
+from v2flow.paths import find_pictures
 from v2flow.training.checkpoint import initialise_from, read_checkpoint
 from v2flow.training.data_module import ShardDataModule
 
-SHARED_DATA = Path("../shared/data")
 LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
 """Words that Lightning accepts as --ckpt_path and resolves itself."""
 
@@ -77,27 +77,51 @@ def run_training(arguments: list[str]) -> None:
     Raises:
         V2FlowError: an unknown option, a value of the wrong type, a missing file or an unresolved `${…}`.
     """
-    # The experiment files find pictures that are not built here through this variable.
-    os.environ.setdefault("V2FLOW_DATA", str(SHARED_DATA if SHARED_DATA.is_dir() else "data"))
-    _silence_lightning()
-    settings = {"parser_mode": "omegaconf+", "exit_on_error": False}
     verbs: dict[str, Any] = {
         # argparse's own usage text would list a hundred options before saying anything.
-        verb: settings | {"usage": f"v2flow {verb} --config FILE [--OPTION VALUE ...]"}
+        verb: _SETTINGS | {"usage": f"v2flow {verb} --config FILE [--OPTION VALUE ...]"}
         for verb in TrainingCLI.subcommands()
     }
+    with _clear_errors(f"v2flow {arguments[0]}"), _command_line(arguments):
+        _training_cli(parser_kwargs=_SETTINGS | verbs)
+
+
+def build_experiment(arguments: list[str]) -> tuple[Any, ShardDataModule]:
+    """The LightningModule and the data module that the words after `v2flow fit` describe; nothing is run.
+
+    Raises:
+        V2FlowError: as :func:`run_training`.
+    """
+    with _clear_errors("v2flow fit"), _command_line(arguments), _quiet():
+        cli = _training_cli(parser_kwargs=_SETTINGS, run=False)
+    return cli.model, cli.datamodule
+
+
+_SETTINGS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
+
+
+def _training_cli(**options: Any) -> TrainingCLI:
+    find_pictures()
+    _silence_lightning()
+    return TrainingCLI(
+        LightningModule,
+        ShardDataModule,
+        subclass_mode_model=True,
+        # The modules configure their own optimiser: options for another one would do nothing.
+        auto_configure_optimizers=False,
+        **options,
+    )
+
+
+@contextmanager
+def _clear_errors(command: str) -> Iterator[None]:
+    """The parser's errors as one line each."""
     try:
-        with _command_line(arguments):
-            TrainingCLI(
-                LightningModule,
-                ShardDataModule,
-                subclass_mode_model=True,
-                # The modules configure their own optimiser: options for another one would do nothing.
-                auto_configure_optimizers=False,
-                parser_kwargs=settings | verbs,
-            )
+        yield
     except ArgumentError as error:
-        raise V2FlowError(f"{condense(str(error))}; see `v2flow {arguments[0]} --help`") from error
+        raise V2FlowError(f"{condense(str(error))}; see `{command} --help`") from error
+    except MisconfigurationException as error:
+        raise V2FlowError(f"experiment: {str(error).splitlines()[0]}") from error
     except OmegaConfBaseException as error:
         raise V2FlowError(f"experiment file: {str(error).splitlines()[0]}") from error
     except ValueError as error:
@@ -119,6 +143,23 @@ def condense(message: str) -> str:
     text = " ".join(line for line in lines if line and not noise.match(line))
     text = re.sub(r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"unknown option '\1.\2'", text)
     return text.replace("unrecognized arguments:", "unknown option")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No word of Lightning's on seeds and devices: what is only built uses neither."""
+    talkers = [
+        logging.getLogger(f"lightning.{name}")
+        for name in ("fabric.utilities.seed", "pytorch.utilities.rank_zero")
+    ]
+    levels = [talker.level for talker in talkers]
+    try:
+        for talker in talkers:
+            talker.setLevel(logging.ERROR)
+        yield
+    finally:
+        for talker, level in zip(talkers, levels, strict=True):
+            talker.setLevel(level)
 
 
 def _silence_lightning() -> None:

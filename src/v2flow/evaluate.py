@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from v2flow.decoding import decode_options
+from v2flow.decode_modes import select_modes
 from v2flow.errors import V2FlowError
+from v2flow.images import save_grid
 from v2flow.metrics.evaluator import ReconstructionEvaluator
 from v2flow.metrics.features import load_networks
 from v2flow.metrics.files import write_json
@@ -21,6 +22,7 @@ from v2flow.training.checkpoint import load_model
 
 Weights = Literal["ema", "raw"]
 Batches = Iterable[Mapping[str, Any]]
+GRID_IMAGES = 16
 FOLDER_MODES: dict[str, dict[str, Any]] = {"one_step": {"steps": 1, "temperature": 0.0}}
 """An exported folder names no decode modes; it is scored by its conditional mean."""
 
@@ -85,6 +87,7 @@ def evaluate_model(
     max_batches: int | None = None,
     device: torch.device | None = None,
     protocol: Mapping[str, Any] | None = None,
+    grid_path: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Reconstructs every picture of `loader` in every mode and scores the reconstructions.
@@ -103,6 +106,7 @@ def evaluate_model(
         max_batches: stop after so many batches.
         device: where the model lives; found from its parameters when left out.
         protocol: what else is known of the run (set, split, crop, weights); merged into the protocol.
+        grid_path: a picture file for the first 16 pictures, originals first and each mode beneath.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -118,11 +122,14 @@ def evaluate_model(
         seed=seed,
         features=features,
         inception_weights=inception_weights,
+        grid_images=GRID_IMAGES if grid_path is not None else 0,
         max_batches=max_batches,
         device=device,
         progress=progress,
     )
     result = evaluator.compute()
+    if grid_path is not None:
+        save_grid([row.float() / 255.0 for row in evaluator.grid().values()], grid_path)
     result["protocol"] = dict(protocol or {}) | result["protocol"]
     return result
 
@@ -140,9 +147,12 @@ def evaluate_checkpoint(
     inception_weights: str | Path | None = None,
     floors_train: str | list[str] | None = None,
     json_path: str | Path | None = None,
+    grid_path: str | Path | None = None,
     device: str | torch.device | None = None,
     num_workers: int = 0,
     allow_pipe: bool = False,
+    probes: Sequence[str] = (),
+    probe_limit: int = 1000,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint or an exported folder on shards: `v2flow evaluate CHECKPOINT --data SHARDS`.
@@ -160,22 +170,29 @@ def evaluate_checkpoint(
             checkpoint's.
         floors_train: training shards; adds the rows mean_image and nearest_training_picture.
         json_path: the result is also written there, atomically.
+        grid_path: see :func:`evaluate_model`; of the first of the weights.
         device: cuda where there is one, else cpu, when left out.
         allow_pipe: accept shards `pipe:COMMAND`, which run a shell command.
+        probes: further questions put to the averaged (or exported) weights, see :data:`v2flow.probes.PROBES`.
+        probe_limit: the first so many pictures for those.
 
     Returns:
         `checkpoint`, `model`, `step`, `protocol`, `weights` (ema/raw/exported -> figures) and, if asked for,
-        `floors`.
+        `floors`, and what :func:`v2flow.probes.run_probes` returns.
 
     Raises:
-        V2FlowError: unusable checkpoint, data, mode or Inception weights.
+        V2FlowError: unusable checkpoint, data, mode, probe or Inception weights.
     """
+    from v2flow.probes import ProbeSettings, check_probes, run_probes  # these evaluate, too
+
     unknown = sorted(set(weights) - {"ema", "raw"})
     if unknown or not weights:
         raise V2FlowError(f"option weights: expected ema and/or raw, found {', '.join(unknown) or 'nothing'}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names: Sequence[str] = ("exported",) if Path(path).is_dir() else weights
+    check_probes(probes, names, probe_limit)
     results: dict[str, dict[str, Any]] = {}
+    probed: dict[str, Any] = {}
     previous: dict[str, torch.Tensor] = {}
     for name in names:
         model, info = load_model(path, "raw" if name == "raw" else "ema")
@@ -193,16 +210,26 @@ def evaluate_checkpoint(
             inception_weights=inception_weights,
             device=place,
             protocol=describe_shards(data) | {"crop": "center", "limit": limit},
+            grid_path=grid_path if not results else None,
             progress=progress,
         )
         previous = {key: value.cpu() for key, value in model.state_dict().items()}
+        if probes and name != "raw":
+            settings = ProbeSettings(
+                seed, features, inception_weights, chosen, probe_limit, batch_size, place, progress
+            )
+            few = min(limit or probe_limit, probe_limit)
+            loader_of_few = evaluation_loader(
+                data, _image_size(model), batch_size, few, num_workers, allow_pipe
+            )
+            probed = run_probes(probes, model, loader_of_few, settings)
     floors = None
     if floors_train is not None:
         train = evaluation_loader(floors_train, _image_size(model), batch_size, None, num_workers, allow_pipe)
         floors = data_floors(
             train, loader, features=features, inception_weights=inception_weights, device=place
         )
-    report = make_report(str(path), info["model"], info["step"], results, floors)
+    report = make_report(str(path), info["model"], info["step"], results, floors) | probed
     if json_path is not None:
         write_json(json_path, report)
     return report
@@ -253,49 +280,6 @@ def evaluation_loader(
     return module.test_dataloader()
 
 
-def select_modes(
-    wanted: Sequence[str] | Mapping[str, Mapping[str, Any]] | None,
-    known: Mapping[str, Mapping[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """Decode modes by name -> options.
-
-    Args:
-        wanted: names among `known`, modes written out (``steps=8,temperature=0.5``), modes themselves, or None for
-            all of `known`.
-        known: the checkpoint's own modes.
-
-    Raises:
-        V2FlowError: a name that is not among `known`, or an option that decoding does not have.
-    """
-    if wanted is None or isinstance(wanted, Mapping):
-        return {name: dict(options) for name, options in (known if wanted is None else wanted).items()}
-    chosen = {}
-    for name in wanted:
-        if "=" in name:
-            chosen[name] = _written_out(name)
-        elif name in known:
-            chosen[name] = dict(known[name])
-        else:
-            raise V2FlowError(
-                f"option modes: unknown decode mode {name!r}; expected some of {', '.join(known)}, "
-                "or one written out such as steps=8,temperature=0.5"
-            )
-    return chosen
-
-
-def _written_out(mode: str) -> dict[str, Any]:
-    """`steps=8,solver=heun` as options, checked."""
-    options: dict[str, Any] = {}
-    for part in mode.split(","):
-        name, _, text = part.partition("=")
-        try:
-            options[name] = int(text) if text.isdigit() else float(text)
-        except ValueError:
-            options[name] = text
-    decode_options(options)
-    return options
-
-
 def describe_shards(data: str | list[str]) -> dict[str, Any]:
     """Set and split by name for the protocol: `cifar10/test-000000.tar` is the split `test` of the set `cifar10`."""
     shards = [data] if isinstance(data, str) else list(data)
@@ -305,7 +289,9 @@ def describe_shards(data: str | list[str]) -> dict[str, Any]:
 
 
 def _image_size(model: Any) -> int:
-    return model.config.image_size
+    """Side of the pictures that a tokenizer takes; one of the user's own says it itself."""
+    own = getattr(model, "image_size", None)
+    return own if own is not None else model.config.image_size
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from v2flow.data.decode import square_crop
+from v2flow.decode_modes import select_modes
 from v2flow.errors import V2FlowError
-from v2flow.evaluate import FOLDER_MODES, select_modes
+from v2flow.evaluate import FOLDER_MODES
 from v2flow.images import read_picture
 from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import psnr_per_image

@@ -11,6 +11,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("V2FLOW_CACHE") or Path.home() / ".cache" / "v2flow")
 
 
+def find_pictures() -> None:
+    """Sets V2FLOW_DATA, where experiment files find pictures that are not built here, unless the user has: to
+    ../shared/data if that is there, else to data."""
+    shared = Path("../shared/data")
+    os.environ.setdefault("V2FLOW_DATA", str(shared if shared.is_dir() else "data"))
+
+
 @contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """A temporary path in the folder of `final`, renamed to it on success and removed on failure."""

@@ -1,22 +1,119 @@
-"""Training of the VQ autoencoder baseline under Lightning."""
+"""Training of the baselines under Lightning."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from v2flow.baselines.autoencoder import Autoencoder, AutoencoderConfig
+from v2flow.baselines.pixel_losses import PixelLossConfig, PixelLosses
+from v2flow.baselines.titok import TiTokAutoencoder, TiTokConfig
 from v2flow.baselines.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from v2flow.errors import V2FlowError
 from v2flow.training.module import ReconstructionModule
 from v2flow.training.optimizer import OptimizerConfig
 
 
-class VQAutoencoderModule(ReconstructionModule):
-    """Trains the baseline with the same optimiser, data and clock as V2Flow.
+class AutoencoderModule(ReconstructionModule):
+    """Trains a baseline with the same optimiser, data and clock as V2Flow.
+
+    Args:
+        kind: class of the model.
+        autoencoder: what it is made of.
+        optimizer: AdamW and its schedule.
+        seed: seed of every random draw of the training.
+        pixel_losses: losses on decoded pixels; none by default. The discriminator takes one step a batch, whatever
+            `accumulate_grad_batches` is.
+
+    Raises:
+        V2FlowError: pixel losses that this codec has no gradient for, or an adversarial loss that would never start.
+    """
+
+    def __init__(
+        self, kind: type[Autoencoder], autoencoder: AutoencoderConfig, optimizer: OptimizerConfig, seed: int,
+        pixel_losses: PixelLossConfig,
+    ) -> None:  # fmt: skip
+        super().__init__(optimizer, seed)
+        if pixel_losses.active and autoencoder.codec.kind != "patch":
+            raise V2FlowError(
+                f"option pixel_losses: expected codec.kind=patch, found {autoencoder.codec.kind!r}, "
+                "which passes no gradient from pixels to latents; set both weights to 0"
+            )
+        if pixel_losses.adversarial and pixel_losses.adversarial_start >= optimizer.total_steps:
+            raise V2FlowError(
+                f"option pixel_losses.adversarial_start: expected a step before total_steps={optimizer.total_steps}, "
+                f"found {pixel_losses.adversarial_start}"
+            )
+        self.decode_modes = {"one_step": {}}
+        self.pixel_losses = pixel_losses
+        self._pixels: PixelLosses | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model: Autoencoder = kind(autoencoder)  # type: ignore[arg-type]
+
+    def setup(self, stage: str) -> None:
+        self.model.follow_process_group()
+        if stage == "fit":
+            self._pixel_networks(self.trainer.strategy.root_device)
+
+    def _pixel_networks(self, device: torch.device) -> PixelLosses | None:
+        """Made once, when they are first needed: scoring a model needs none of them."""
+        if self._pixels is None and self.pixel_losses.active:
+            self._pixels = PixelLosses(self.pixel_losses, self.model.config.image_size, device, self.seed)
+        return self._pixels
+
+    def training_stages(self) -> dict[str, tuple[float, float]]:
+        begin = self.pixel_losses.adversarial_start / self.optimizer_config.total_steps
+        if not self.pixel_losses.adversarial or not begin:
+            return super().training_stages()
+        return {"reconstruction": (0.0, begin), "adversarial": (begin, 1.0)}
+
+    def training_losses(
+        self, images: Tensor, progress: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        # The library replaces dead codes from torch's global generator.
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(generator.initial_seed())
+            total, terms, latents = self.model(images)
+        networks = self._pixel_networks(images.device)
+        if networks is None:
+            return {"loss": total} | terms
+        pixels = self.model.codec.decode(latents.float())
+        step = round(progress * self.optimizer_config.total_steps)
+        extra, more = networks(images, pixels, terms["mean"], self.model.output.weight, step)
+        return {"loss": total + extra} | terms | more
+
+    def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        total, terms = self.model.losses(images)
+        return {"loss": total} | terms
+
+    def describe(self) -> dict[str, Any]:
+        losses = self.pixel_losses if self.pixel_losses.active else PixelLossConfig()
+        return super().describe() | {"pixel_losses": asdict(losses)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._pixels is not None and self._pixels.adversary is not None:
+            checkpoint["adversary"] = self._pixels.adversary.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "v2flow" in checkpoint:  # older ones do not say that they had none
+            checkpoint["v2flow"].setdefault("pixel_losses", asdict(PixelLossConfig()))
+        super().on_load_checkpoint(checkpoint)
+        if self._pixels is not None and self._pixels.adversary is not None:
+            self._pixels.adversary.load_state_dict(checkpoint["adversary"])
+
+
+class VQAutoencoderModule(AutoencoderModule):
+    """Trains the VQ autoencoder.
 
     Args:
         autoencoder: what it is made of.
         optimizer: AdamW and its schedule.
         seed: seed of every random draw of the training.
+        pixel_losses: losses on decoded pixels; none by default.
     """
 
     def __init__(
@@ -24,25 +121,26 @@ class VQAutoencoderModule(ReconstructionModule):
         autoencoder: VQAutoencoderConfig,
         optimizer: OptimizerConfig = OptimizerConfig(),
         seed: int = 0,
+        pixel_losses: PixelLossConfig = PixelLossConfig(),
     ) -> None:
-        super().__init__(optimizer, seed)
-        self.decode_modes = {"one_step": {}}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model: VQAutoencoder = VQAutoencoder(autoencoder)
+        super().__init__(VQAutoencoder, autoencoder, optimizer, seed, pixel_losses)
 
-    def setup(self, stage: str) -> None:
-        self.model.follow_process_group()
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        # The library replaces dead codes from torch's global generator.
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.step_generator(batch_idx).initial_seed())
-            total, terms = self.model.losses(batch["image"])
-        self.log_losses({"loss": total} | terms, "train", len(batch["image"]))
-        return total
+class TiTokModule(AutoencoderModule):
+    """Trains the one-dimensional tokenizer.
 
-    def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        total, terms = self.model.losses(images)
-        return {"loss": total} | terms
+    Args:
+        autoencoder: what it is made of.
+        optimizer: AdamW and its schedule.
+        seed: seed of every random draw of the training.
+        pixel_losses: losses on decoded pixels; none by default.
+    """
+
+    def __init__(
+        self,
+        autoencoder: TiTokConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        seed: int = 0,
+        pixel_losses: PixelLossConfig = PixelLossConfig(),
+    ) -> None:
+        super().__init__(TiTokAutoencoder, autoencoder, optimizer, seed, pixel_losses)

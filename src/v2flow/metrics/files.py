@@ -19,3 +19,10 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes strict JSON (no NaN), indented, atomically."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(Path(path), lambda file: file.write(text.encode()))
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Adds strict JSON on a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(value, allow_nan=False) + "\n")

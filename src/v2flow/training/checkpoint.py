@@ -1,13 +1,17 @@
 """Loading a trained model from a Lightning checkpoint or an exported folder."""
 
+import importlib
 import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from v2flow.config import TokenizerConfig, from_dict
+from v2flow.config import from_dict
 from v2flow.errors import V2FlowError
 from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_config, read_weights
 
@@ -46,35 +50,89 @@ def model_weights(checkpoint: dict[str, Any], weights: Literal["ema", "raw"]) ->
     return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
 
 
+_MODELS = {
+    "V2FlowTokenizer": ("v2flow.tokenizer", "TokenizerConfig"),
+    "VQAutoencoder": ("v2flow.baselines.vq_autoencoder", "VQAutoencoderConfig"),
+    "TiTokAutoencoder": ("v2flow.baselines.titok", "TiTokConfig"),
+}
+"""Names of models in checkpoints, the modules that hold them, and their configurations there."""
+
+
 def build_model(info: dict[str, Any], where: str) -> nn.Module:
     """The model that a checkpoint's description names, with fresh weights."""
-    if info["model"] == "V2FlowTokenizer":
-        from v2flow.tokenizer import V2FlowTokenizer
-
-        model: Any = V2FlowTokenizer(from_dict(TokenizerConfig, info["config"], where))
+    if info["model"] not in _MODELS:
+        raise V2FlowError(f"{where}: unknown model {info['model']!r}; expected one of {', '.join(_MODELS)}")
+    place, config = _MODELS[info["model"]]
+    module = importlib.import_module(place)
+    model = getattr(module, info["model"])(from_dict(getattr(module, config), info["config"], where))
+    if hasattr(model, "vocabulary_sha256"):
         check_vocabulary(model.vocabulary_sha256, info.get("vocabulary_sha256"), where)
-    elif info["model"] == "VQAutoencoder":
-        from v2flow.baselines.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
-
-        model = VQAutoencoder(from_dict(VQAutoencoderConfig, info["config"], where))
-    else:
-        raise V2FlowError(
-            f"{where}: unknown model {info['model']!r}; expected V2FlowTokenizer or VQAutoencoder"
-        )
     check_codec(model.codec.fingerprint(), info.get("codec_sha256"), where)
     return model
+
+
+def load_own(name: str) -> nn.Module:
+    """A tokenizer of the user's: what `FUNCTION` of `MODULE` returns.
+
+    It is a `torch.nn.Module` with `encode(images [B, 3, S, S] in [0, 1]) -> ids [B, N]`, `decode(ids) -> images`, and
+    the attributes `image_size` (S), `num_tokens` (N) and `codebook_size` (K). The module is looked for in the working
+    directory as well.
+
+    Args:
+        name: `MODULE:FUNCTION`, or `MODULE:FUNCTION=ARGUMENT` to call it with one word.
+
+    Raises:
+        V2FlowError: the module or function is not there, or what it returns lacks one of these.
+    """
+    place, _, argument = name.partition("=")
+    module, _, function = place.partition(":")
+    try:
+        with _working_directory_first():
+            build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise V2FlowError(
+            f"tokenizer {name}: expected MODULE:FUNCTION that can be imported, but {error}"
+        ) from error
+    own = build(argument) if argument else build()
+    needed = ("encode", "decode", "image_size", "num_tokens", "codebook_size")
+    lacking = [part for part in needed if not hasattr(own, part)]
+    if lacking or not isinstance(own, nn.Module):
+        what = f"no {', '.join(lacking)}" if lacking else type(own).__name__
+        raise V2FlowError(
+            f"tokenizer {name}: expected a torch.nn.Module with {', '.join(needed)}, found {what}"
+        )
+    return own.eval()
+
+
+@contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """The command `v2flow` does not have the working directory on its path, `python -m` has."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether a checkpoint's name is `MODULE:FUNCTION`, a tokenizer of the user's."""
+    return ":" in str(path) and not Path(path).exists()
 
 
 def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[nn.Module, dict[str, Any]]:
     """A trained model in evaluation mode and what is known of it.
 
     Args:
-        path: a .ckpt file, or a folder made by `v2flow export` (which holds one set of weights).
+        path: a .ckpt file, a folder made by `v2flow export` (which holds one set of weights), or a tokenizer of the
+            user's, see :func:`load_own`.
         weights: averaged or raw weights of a .ckpt file.
 
     Returns:
         The model and {"model", "config", "decode_modes", "step"}.
     """
+    if is_own(path):
+        own = load_own(str(path))
+        return own, {"model": type(own).__name__, "config": None, "decode_modes": {"own": {}}, "step": None}
     if Path(path).is_dir():
         from v2flow.hub import load_folder
         from v2flow.tokenizer import V2FlowTokenizer

@@ -13,12 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from v2flow.decode_modes import select_modes
 from v2flow.errors import V2FlowError
-from v2flow.evaluate import describe_shards, evaluation_loader, make_report, run_evaluator, select_modes
+from v2flow.evaluate import describe_shards, evaluation_loader, make_report, run_evaluator
 from v2flow.images import save_grid
 from v2flow.metrics.evaluator import ReconstructionEvaluator
 from v2flow.metrics.features import FeatureNetworks, load_networks
-from v2flow.metrics.files import write_json
+from v2flow.metrics.files import append_json_line, write_json
 from v2flow.metrics.floors import data_floors
 
 
@@ -44,8 +45,9 @@ class ReconstructionCallback(Callback):
 
     At every validation, and under `test/` in `v2flow test`, over all ranks: `val/MODE/psnr`, `psnr_pooled`, `ssim` of
     each mode, `val/codebook_usage`, `val/codebook_perplexity`, with `features` also the feature distances (KID with its
-    standard error), and `val/psnr`, the psnr of the first mode, for ModelCheckpoint to monitor. A grid,
-    originals in the first row and each mode beneath, goes to TensorBoard and to LOGDIR/grids/step-XXXXXX.png.
+    standard error), and `val/psnr`, the psnr of the first mode, for ModelCheckpoint to monitor; a validation's figures
+    are also a line of LOGDIR/validation.jsonl. A grid, originals in the first row and each mode beneath, goes to
+    TensorBoard and to LOGDIR/grids/step-XXXXXX.png.
 
     When training ends, the validation set (as far as `limit_val_batches` lets it) is scored in all modes of
     the module, by the code of `v2flow evaluate`, with the averaged weights if a weight-averaging callback is
@@ -155,6 +157,8 @@ class ReconstructionCallback(Callback):
             # Equal on every rank: the synchronising mean changes nothing.
             pl_module.log(f"{stage}/{name}", value, prog_bar=name == "psnr", sync_dist=True, batch_size=1)
         directory = log_directory(trainer)
+        if stage == "val" and trainer.is_global_zero and not _dry_run(trainer):
+            append_json_line(directory / "validation.jsonl", {"step": trainer.global_step} | figures)
         if self.grid_images > 0 and trainer.is_global_zero and not _dry_run(trainer):
             name = "test" if stage == "test" else f"step-{trainer.global_step:06d}"
             path = directory / "grids" / f"{name}.png"

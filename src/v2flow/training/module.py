@@ -65,6 +65,28 @@ class ReconstructionModule(LightningModule):
             self.log(f"{stage}/{name}", value.detach(), batch_size=batch_size, prog_bar=name == "loss",
                      sync_dist=stage != "train")  # fmt: skip
 
+    def training_stages(self) -> dict[str, tuple[float, float]]:
+        """Kinds of training steps, and the shares of the training between which steps are of that kind."""
+        return {"all": (0.0, 1.0)}
+
+    def training_losses(
+        self, images: Tensor, progress: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Loss terms of a training step on pictures `[B, 3, H, W]` in [0, 1]; `loss` is what is minimised.
+
+        Needs no trainer, so that a step can be measured without one.
+
+        Args:
+            progress: share of the training's steps done, in [0, 1].
+            generator: source of every random draw.
+        """
+        raise NotImplementedError
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        terms = self.training_losses(batch["image"], self.progress, self.step_generator(batch_idx))
+        self.log_losses(terms, "train", len(batch["image"]))
+        return terms["loss"]
+
     def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Loss terms of pictures `[B, 3, H, W]`, the same at every call; `loss` is their total."""
         raise NotImplementedError

@@ -41,17 +41,25 @@ class TokenizerModule(ReconstructionModule):
             torch.manual_seed(seed)
             self.model: V2FlowTokenizer = V2FlowTokenizer(tokenizer)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = self.model.losses(batch["image"], self.progress, self.step_generator(batch_idx))
-        terms = {
+    def training_stages(self) -> dict[str, tuple[float, float]]:
+        alone = self.model.config.velocity.alone
+        return {"tokens": (0.0, 1 - alone), "field": (1 - alone, 1.0)} if alone else super().training_stages()
+
+    def training_losses(
+        self, images: Tensor, progress: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        losses = self.model.losses(images, progress, generator)
+        return {
             "loss": losses.total, "mean": losses.mean, "flow": losses.flow, "commitment": losses.commitment,
             "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
         }  # fmt: skip
-        self.log_losses(terms, "train", len(batch["image"]))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
         if self.trainer.world_size == 1:
-            return losses.total
+            return loss
         # Every parameter takes part in every step: ranks would wait for the gradients of those that do not learn.
-        return losses.total + 0.0 * sum(p.sum() for p in self.model.parameters())
+        return loss + 0.0 * sum(p.sum() for p in self.model.parameters())
 
     def configure_optimizers(self) -> Any:
         return configure_adamw(self.model, self.optimizer_config, self.model.windows())

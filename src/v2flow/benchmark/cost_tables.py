@@ -1,0 +1,72 @@
+"""What a row costs: time of a step, memory, speed of coding, and ratios to the suite's reference."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from v2flow.benchmark.document import ABSENT, Block, Section, Table
+
+Cost = Mapping[str, Any]
+
+
+def overhead_section(results: Mapping[str, Any]) -> Section | None:
+    """The measured costs of the rows; None where nothing was measured."""
+    overhead = results.get("overhead") or {}
+    if not overhead:
+        return None
+    decoders = list(dict.fromkeys(m for cost in overhead.values() for m in _decoders(cost)))
+    columns: dict[str, Callable[[Cost], str]] = {
+        "parameters, M": lambda cost: number(cost.get("parameters"), 1e-6, "{:.2f}"),
+        "step, ms": lambda cost: number(cost.get("step_seconds"), 1e3, "{:.0f}"),
+        "step, GFLOP": lambda cost: number(cost.get("step_flops"), 1e-9, "{:.1f}"),
+        "peak memory, MiB": lambda cost: number(cost.get("peak_memory_bytes"), 2**-20, "{:.0f}"),
+        "encode, pictures/s": lambda cost: number(cost.get("encode_images_per_second"), 1, "{:.0f}"),
+    } | {f"decode {mode}, pictures/s": _decoder(mode) for mode in decoders}
+    blocks: list[Block] = [
+        _table({name: {key: get(cost) for key, get in columns.items()} for name, cost in overhead.items()}),
+        "Median, and in brackets the lowest and highest of the repetitions.",
+    ]
+    ratios = {name: numbers(cost.get("ratios") or {}) for name, cost in overhead.items()}
+    if any(ratios.values()):
+        reference = results.get("suite", {}).get("reference")
+        blocks.append(f"Ratios to {reference}:" if reference else "Ratios to the first row measured:")
+        blocks.append(_table({n: {k: f"{v:.2f}" for k, v in values.items()} for n, values in ratios.items()}))
+    return Section("What a row costs", blocks)
+
+
+def number(value: Any, factor: float, form: str) -> str:
+    """A number, or `median (low-high)` of a spread, times `factor`; a dash when it was not measured."""
+    if value is None:
+        return ABSENT
+    if not isinstance(value, Mapping):
+        return form.format(value * factor)
+    median, low, high = (form.format(value[key] * factor) for key in ("median", "low", "high"))
+    return median if low == high else f"{median} ({low}–{high})"
+
+
+def numbers(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among nested mappings by dotted name; of a spread its median."""
+    found: dict[str, float] = {}
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            median = inner.get("median")
+            found |= (
+                numbers(inner, f"{prefix}{name}.") if median is None else {f"{prefix}{name}": float(median)}
+            )
+        elif isinstance(inner, (int, float)):
+            found[f"{prefix}{name}"] = float(inner)
+    return found
+
+
+def _decoders(cost: Cost) -> Mapping[str, Any]:
+    return cost.get("decode_images_per_second") or {}
+
+
+def _decoder(mode: str) -> Callable[[Cost], str]:
+    return lambda cost: number(_decoders(cost).get(mode), 1, "{:.0f}")
+
+
+def _table(rows: Mapping[str, Mapping[str, str]]) -> Table:
+    """One line a row; columns that are empty throughout are left out."""
+    columns = dict.fromkeys(name for cells in rows.values() for name, text in cells.items() if text != ABSENT)
+    lines = [[name, *(cells.get(column, ABSENT) for column in columns)] for name, cells in rows.items()]
+    return Table(["row", *columns], lines)

@@ -1,0 +1,227 @@
+"""The report's plots as small SVG pictures.
+
+Ink is `currentColor`, so that a plot inside a page takes the page's colour, light or dark. Text stays text. The same
+results give the same bytes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from v2flow.benchmark.drawing import (
+    SETTINGS,
+    Look,
+    axis_scale,
+    bar,
+    legend,
+    looks_of,
+    panels,
+    point,
+    short,
+    svg,
+)
+from v2flow.benchmark.probe_tables import decoding_points, robustness_points
+from v2flow.benchmark.spread import (
+    KID,
+    Run,
+    Spread,
+    best_lines,
+    over_seeds,
+    result_lines,
+    runs_by_name,
+)
+from v2flow.errors import V2FlowError
+
+CAPTIONS = {
+    "tradeoff": (
+        "Distortion against perception: psnr and kernel distance of every row and decode mode; lower right is better. "
+        "Filled: a row's first decode mode, open: the others, line: its decode settings in their order. Bars: standard "
+        "deviation over seeds."
+    ),
+    "training": (
+        "Quality on the way, psnr of the first decode mode on validation pictures, mean over seeds, against steps and "
+        "against minutes (a run's minutes spread evenly over its steps)."
+    ),
+    "tokens": "Quality against tokens a picture, each row at its best decode mode for the figure.",
+    "speed": (
+        "Time of a training step, and pictures encoded and decoded a second. Bars: lowest and highest of the "
+        "repetitions. Filled: a row's first decode mode, open: the others."
+    ),
+    "robustness": "psnr when a share of the tokens is replaced: solid by random ones, dashed by near ones.",
+}
+"""Figure -> what it shows, in the order of the report."""
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, str]:
+    """Plots by name, see :data:`CAPTIONS`, each an SVG element; those without data are left out.
+
+    Raises:
+        V2FlowError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import style
+    except ImportError as error:
+        raise V2FlowError(
+            "plots need matplotlib, which is not installed: pip install 'v2flow[benchmark]'"
+        ) from error
+    looks = looks_of([*runs_by_name(results), *(results.get("overhead") or {})])
+    plots: dict[str, Callable[[Mapping[str, Any], dict[str, Look]], Any]] = {
+        "tradeoff": _tradeoff,
+        "training": _training,
+        "tokens": _tokens,
+        "speed": _speed,
+        "robustness": _robustness,
+    }
+    with style.context(["default", SETTINGS]):
+        drawn = {name: plot(results, looks) for name, plot in plots.items()}
+        return {name: svg(figure, name) for name, figure in drawn.items() if figure is not None}
+
+
+def _tradeoff(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
+    lines = [line for line in result_lines(results) if {"psnr", KID} <= line.figures.keys()]
+    if not lines:
+        return None
+    figure, (axes,) = panels([3.4])
+    kids = [line.figures[KID].mean for line in lines]
+    for name, runs in runs_by_name(results).items():
+        points = [p for p in decoding_points(runs).values() if {"psnr", KID} <= p.keys()]
+        kids += [p[KID].mean for p in points]
+        look = looks[name]
+        axes.plot(
+            [p["psnr"].mean for p in points],
+            [p[KID].mean for p in points],
+            color=look.color,
+            linestyle=look.style,
+            marker=".",
+            markersize=3,
+        )
+    seen: set[str] = set()
+    for line in lines:
+        x, y = line.figures["psnr"], line.figures[KID]
+        point(axes, x, y, looks[line.name], filled=line.name not in seen)
+        seen.add(line.name)
+    axis_scale(axes.yaxis, axes.set_yscale, kids)
+    axes.set(xlabel="psnr, dB →", ylabel=f"← {KID}")
+    legend(figure, [line.name for line in lines], looks)
+    return figure
+
+
+def _training(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
+    rows = {n: [run for run in runs if run.get("curve")] for n, runs in runs_by_name(results).items()}
+    rows = {name: runs for name, runs in rows.items() if runs}
+    if not rows:
+        return None
+    scales = {"steps": dict.fromkeys(rows, 1.0)}
+    timed = {name: each for name, runs in rows.items() if (each := _minutes_a_step(runs)) is not None}
+    scales |= {"minutes": timed} if timed else {}
+    figure, axes = panels([2.4] * len(scales))
+    for panel, (unit, scale) in zip(axes, scales.items(), strict=True):
+        for name in scale:
+            curve = {step * scale[name]: spread for step, spread in mean_curve(rows[name]).items()}
+            _curve(panel, curve, looks[name])
+        panel.set(xlabel=unit, ylabel="psnr, dB →")
+    legend(figure, list(rows), looks)
+    return figure
+
+
+def mean_curve(runs: Sequence[Run]) -> dict[int, Spread]:
+    """Step -> psnr over the seeds that were validated there."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        for entry in run.get("curve") or []:
+            if entry.get("psnr") is not None:
+                values.setdefault(entry["step"], []).append(entry["psnr"])
+    return {step: spread for step, v in sorted(values.items()) if (spread := over_seeds(v)) is not None}
+
+
+def _minutes_a_step(runs: Sequence[Run]) -> float | None:
+    """Of the budget where there is one, since a run's own clock also counts scoring and waiting."""
+    spread = over_seeds(
+        (run.get("budget_minutes") or run["minutes"]) / run["step"]
+        for run in runs
+        if run.get("step") and (run.get("budget_minutes") or run.get("minutes"))
+    )
+    return None if spread is None else spread.mean
+
+
+def _curve(axes: Any, curve: Mapping[float, Spread], look: Look) -> None:
+    """A line through the means, and a band of one standard deviation."""
+    x = list(curve)
+    axes.plot(
+        x,
+        [spread.mean for spread in curve.values()],
+        color=look.color,
+        linestyle=look.style,
+        marker=look.marker,
+        markersize=3.5,
+    )
+    low, high = ([s.mean + sign * (s.std or 0.0) for s in curve.values()] for sign in (-1, 1))
+    if low != high:
+        axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
+
+
+def token_counts(results: Mapping[str, Any]) -> list[int]:
+    """The distinct numbers of tokens a picture, ascending."""
+    return sorted({run["tokens"] for run in results.get("rows", []) if run.get("tokens") is not None})
+
+
+def _tokens(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
+    counts = token_counts(results)
+    known = [line for line in result_lines(results) if line.runs[0].get("tokens") is not None]
+    shown = [figure for figure in ("psnr", KID) if any(figure in line.figures for line in known)]
+    if len(counts) < 2 or not shown:
+        return None
+    figure, drawn = panels([2.2] * len(shown))
+    for axes, name in zip(drawn, shown, strict=True):
+        best = best_lines(known, name)
+        for line in best:
+            tokens = Spread(line.runs[0]["tokens"], None, 1)
+            point(axes, tokens, line.figures[name], looks[line.name])
+        axes.set(xlabel="tokens a picture", ylabel="psnr, dB →" if name == "psnr" else f"← {name}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        if name != "psnr":
+            axis_scale(axes.yaxis, axes.set_yscale, [line.figures[name].mean for line in best])
+    legend(figure, [line.name for line in known], looks)
+    return figure
+
+
+def _speed(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
+    overhead = results.get("overhead") or {}
+    titles = {
+        "step_seconds": "seconds a training step (left is better)",
+        "encode_images_per_second": "pictures encoded a second (right is better)",
+        "decode_images_per_second": "pictures decoded a second (right is better)",
+    }
+    shown = [key for key in titles if any(cost.get(key) for cost in overhead.values())]
+    if not shown:
+        return None
+    figure, drawn = panels([0.5 + 0.17 * len(overhead)] * len(shown))
+    for axes, key in zip(drawn, shown, strict=True):
+        values: list[float] = []
+        for y, (name, cost) in enumerate(overhead.items()):
+            measured = cost.get(key) or {}
+            spreads = list(measured.values()) if key.startswith("decode") else [measured] if measured else []
+            for i, spread in enumerate(spreads):
+                values += [spread["low"], spread["high"]]
+                bar(axes, spread, y, looks[name], filled=i == 0)
+        axes.set_yticks(range(len(overhead)), [short(name, 32) for name in overhead])
+        axes.set_ylim(len(overhead) - 0.5, -0.5)
+        axes.set_title(titles[key], loc="left")
+        axis_scale(axes.xaxis, axes.set_xscale, values)
+    return figure
+
+
+def _robustness(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
+    found = {name: robustness_points(runs) for name, runs in runs_by_name(results).items()}
+    found = {name: kinds for name, kinds in found.items() if kinds}
+    if not found:
+        return None
+    figure, (axes,) = panels([2.8])
+    for name, kinds in found.items():
+        for kind, points in kinds.items():
+            look = Look(looks[name].color, looks[name].marker, "--" if kind == "near" else "-")
+            _curve(axes, points, look)
+    axes.set(xlabel="share of tokens replaced", ylabel="psnr, dB")
+    legend(figure, list(found), looks)
+    return figure

@@ -1,0 +1,226 @@
+"""Trains and scores the rows of a suite, each in processes of its own, and keeps what is finished.
+
+A row's result belongs to the words and to the experiment file that made it: another command, or another content of
+the file, is another result. A killed training goes on from its last checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v2flow.benchmark.plan import Plan, facts_dict
+from v2flow.benchmark.suite import Row, Suite, evaluate_command, fit_command
+from v2flow.errors import V2FlowError
+from v2flow.metrics.files import write_json
+
+Result = dict[str, Any]
+
+
+def run_rows(
+    suite: Suite, plan: Plan, out: Path, runs: Path, jobs: int, report: Callable[[list[Result]], None]
+) -> list[Result]:
+    """Trains and scores every row and seed that has no result yet.
+
+    Args:
+        out: folder of the results: a JSON file a row and seed, and a strip of pictures.
+        runs: folder of the trainings themselves, with their checkpoints and logs.
+        jobs: rows at once; the threads of the suite, or the cores shared among them, are each one's.
+        report: called with all results so far after each row.
+
+    Returns:
+        The results in the order of the suite, seed by seed.
+
+    Raises:
+        V2FlowError: a training failed; rows that were finished are kept.
+    """
+    pairs = [(row, seed) for seed in suite.seeds for row in plan.rows]
+    results = {(r["name"], r["seed"]): r for r in kept_results(suite, plan, out)}
+    waiting = [(row, seed) for row, seed in pairs if (row.name, seed) not in results]
+
+    def ordered() -> list[Result]:
+        return [results[row.name, seed] for row, seed in pairs if (row.name, seed) in results]
+
+    report(ordered())
+    threads = suite.threads or max((os.cpu_count() or 1) // jobs, 1)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {
+            pool.submit(_run_row, suite, plan, row, seed, out, runs, threads): (row, seed)
+            for row, seed in waiting
+        }
+        for future in as_completed(futures):
+            row, seed = futures[future]
+            results[row.name, seed] = future.result()
+            report(ordered())
+            print(f"v2flow: {len(results)} of {len(pairs)} done: {row.name}, seed {seed}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return ordered()
+
+
+def kept_results(suite: Suite, plan: Plan, out: Path) -> list[Result]:
+    """The results that stand in `out` and were made by the rows' words from their experiment files as they are."""
+    kept = []
+    for seed in suite.seeds:
+        for row in plan.rows:
+            path = out / f"{row.slug}-seed{seed}.json"
+            result = json.loads(path.read_text()) if path.is_file() else {}
+            if result.get("identity") == identity(suite, plan, row, seed):
+                kept.append(result)
+    return kept
+
+
+def identity(suite: Suite, plan: Plan, row: Row, seed: int) -> str:
+    """SHA-256 of all that decides a row's figures: its commands and its experiment file."""
+    train = None if row.tokenizer else fit_command(suite, row, seed, plan.facts[row.name].steps)
+    score = evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID")
+    digest = hashlib.sha256(json.dumps([train, score]).encode())
+    if train is not None:
+        digest.update(Path(train[train.index("--config") + 1]).read_bytes())
+    return digest.hexdigest()
+
+
+def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Path, threads: int) -> Result:
+    """Trains and scores one row; see :func:`run_rows`."""
+    name, key = f"{row.slug}-seed{seed}", identity(suite, plan, row, seed)
+    folder = runs / f"{name}-{key[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    start, steps = time.monotonic(), plan.facts[row.name].steps
+    train = None if row.tokenizer else fit_command(suite, row, seed, steps)
+    checkpoint, commit = row.tokenizer, current_commit()
+    if train is not None:
+        checkpoint, commit = _train(row, train, folder, threads)
+    assert checkpoint is not None
+    grid = f"pictures/{name}.png"
+    score = evaluate_command(suite, row, checkpoint, str(folder / "evaluation.json"), str(out / grid))
+    _call(row, score, folder / "evaluate.log", threads)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    result = {
+        "name": row.name,
+        "slug": row.slug,
+        "seed": seed,
+        "comparable": row.comparable,
+        "command": None if train is None else ["v2flow", *train],
+        "evaluate_command": [
+            "v2flow",
+            *evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID"),
+        ],
+        "commit": commit,
+        "evaluate_commit": current_commit(),
+        "identity": key,
+        "minutes": round((time.monotonic() - start) / 60, 2),
+        "budget_minutes": suite.minutes,
+        "step": evaluation["step"],
+        **facts_dict(plan.facts[row.name]),
+        "machine": machine(threads),
+        "protocol": evaluation["protocol"],
+        "weights": evaluation["weights"],
+        "curve": _curve(folder),
+        "probes": evaluation.get("probes", {}),
+        "grid": grid,
+    }
+    write_json(out / f"{name}.json", _without_places(result))
+    return result
+
+
+def _train(row: Row, command: list[str], folder: Path, threads: int) -> tuple[str, str | None]:
+    """Trains, from the last checkpoint of an interrupted training if there is one.
+
+    Returns:
+        The final checkpoint's path, and the commit that trained it.
+    """
+    finished, commit = folder / "trained.json", current_commit()
+    if not finished.is_file():
+        places = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=fit"]
+        resume = _newest(folder)
+        places += [f"--ckpt_path={resume}"] if resume else []
+        _call(row, [*command, *places], folder / "fit.log", threads)
+        checkpoint = _newest(folder)
+        if checkpoint is None:
+            raise V2FlowError(
+                f"row {row.name!r}: `v2flow fit` left no last.ckpt in {folder}; see its fit.log"
+            )
+        write_json(finished, {"checkpoint": checkpoint, "commit": commit})
+    trained = json.loads(finished.read_text())
+    return trained["checkpoint"], trained["commit"]
+
+
+def _newest(folder: Path) -> str | None:
+    found = sorted(folder.glob("fit/version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else None
+
+
+def _call(row: Row, command: list[str], log: Path, threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("ab") as file:
+        status = subprocess.run(
+            [sys.executable, "-m", "v2flow", *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        ).returncode
+    if status:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise V2FlowError(
+            f"row {row.name!r}: `v2flow {command[0]}` ended with status {status}: {last[-300:]}; see {log}. Finished "
+            "rows are kept; run the same command again to go on"
+        )
+
+
+def _curve(folder: Path) -> list[dict[str, float]]:
+    """Validations of all parts of a training, by step: the averaged weights' figures in the first decode mode."""
+    points: dict[int, dict[str, float]] = {}
+    for path in sorted(folder.glob("fit/version_*/validation.jsonl")):
+        for line in path.read_text().splitlines():
+            point = json.loads(line)
+            points[point["step"]] = point
+    return [points[step] for step in sorted(points)]
+
+
+def current_commit() -> str | None:
+    """The commit of the working tree, with `+` after it if files differ from it; None outside a repository."""
+    git = ["git", "-C", os.fspath(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return None
+    status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True)
+    return head.stdout.strip() + ("+" if status.stdout else "")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a figure of speed depends on; no name of the machine."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _without_places(result: Result) -> Result:
+    """The result with the user's folders written as `~` and as paths from here: it is made to be shown."""
+    text = json.dumps(result).replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
+    plain: Result = json.loads(text)
+    return plain

@@ -1,0 +1,62 @@
+"""A small GPT-2-style LLM for runs without a pretrained one: its vocabulary is trained on the captions alone."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from v2flow.errors import V2FlowError
+
+PREFIX = "gpt2-style:"
+SIZES = {"tiny": (2, 64, 2), "small": (4, 256, 4), "medium": (6, 384, 6), "base": (8, 512, 8)}
+"""Blocks, width and heads by name: 0.1, 3, 11 and 25 million parameters without the embeddings."""
+POSITIONS = 1280  # a caption and the paper's largest picture, 1,024 tokens
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+
+
+def small_llm(size: str, tokenizer: Any) -> GPT2Config:
+    """The configuration of a GPT-2 of that size for the tokenizer's vocabulary.
+
+    Raises:
+        V2FlowError: an unknown size.
+    """
+    if size not in SIZES:
+        raise V2FlowError(
+            f"option llm: expected {PREFIX} followed by one of {', '.join(SIZES)}, found {size!r}"
+        )
+    layers, width, heads = SIZES[size]
+    # Without dropout, as the pretrained LLMs that it is compared with.
+    return GPT2Config(
+        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def train_caption_llm_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocab_size` entries, trained on the captions; it can spell any text.
+
+    The same captions give the same tokenizer.
+
+    Raises:
+        V2FlowError: fewer entries than the 256 bytes and 3 special tokens need.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + 3
+    if vocab_size < least:
+        raise V2FlowError(f"vocab_size: expected at least {least} entries, found {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=POSITIONS
+    )
