@@ -1,0 +1,89 @@
+"""V2FlowForTextToImage: a frozen V2Flow tokenizer and an LLM that speaks its visual tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from v2flow.errors import V2FlowError
+from v2flow.t2i.extension import VisualTokens
+from v2flow.t2i.image_loss import ImageLoss, image_log_likelihood, image_loss
+from v2flow.t2i.sequences import caption_ids, join
+from v2flow.t2i.visual_rows import VisualRows
+from v2flow.tokenizer import V2FlowTokenizer, check_ids
+
+
+class V2FlowForTextToImage(nn.Module):
+    """Captions to pictures by next-token prediction (paper section 3.4).
+
+    Args:
+        tokenizer: trained; it is frozen.
+        llm: a causal LLM whose vocabulary was extended, see `extend_vocabulary`.
+        llm_tokenizer: its tokenizer.
+        tokens: where its visual tokens are.
+        rows: their rows; those of `llm` when left out.
+        max_caption: most LLM ids of a caption, the beginning-of-sequence token included.
+
+    Raises:
+        V2FlowError: a tokenizer with another number of codes than there are visual tokens, or captions and pictures
+            that do not fit into the LLM's context.
+    """
+
+    def __init__(
+        self,
+        tokenizer: V2FlowTokenizer,
+        llm: Any,
+        llm_tokenizer: Any,
+        tokens: VisualTokens,
+        rows: VisualRows | None = None,
+        max_caption: int = 64,
+    ) -> None:
+        super().__init__()
+        if tokenizer.codebook_size != tokens.num_visual:
+            raise V2FlowError(
+                f"tokenizer: expected {tokens.num_visual} codes, as many as the LLM has visual tokens, found "
+                f"{tokenizer.codebook_size}; extend the LLM for this tokenizer"
+            )
+        context = getattr(llm.config, "max_position_embeddings", None)
+        needed = max_caption + tokenizer.num_tokens + 2
+        if context is not None and needed > context:
+            raise V2FlowError(
+                f"option max_caption: {max_caption} caption ids and {tokenizer.num_tokens} visual tokens need a context of "
+                f"{needed}, found an LLM with {context}; lower max_caption or use fewer tokens a picture"
+            )
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.llm: Any = llm
+        self.llm_tokenizer = llm_tokenizer
+        self.tokens = tokens
+        self.rows = rows if rows is not None else VisualRows(llm, tokens)
+        self.max_caption = max_caption
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens a picture, N."""
+        return self.tokenizer.num_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM is."""
+        return self.rows.input.device
+
+    def caption_ids(self, captions: Sequence[str | None]) -> list[list[int]]:
+        """LLM ids of captions; None stands for no caption."""
+        return caption_ids(self.llm_tokenizer, captions, self.max_caption)
+
+    def loss(
+        self, captions: Sequence[str | None], ids: Tensor, full_share: float = 0.125,
+        generator: torch.Generator | None = None,
+    ) -> ImageLoss:  # fmt: skip
+        """Training loss of captions and the visual token ids `[B, N]` of their pictures; see `image_loss`."""
+        check_ids(ids, self.num_tokens, self.tokens.num_visual)
+        batch = join(self.caption_ids(captions), self.tokens, ids.to(self.device))
+        return image_loss(self.llm, self.rows, batch, self.num_tokens, full_share, generator)
+
+    def log_likelihood(self, captions: Sequence[str | None], ids: Tensor) -> Tensor:
+        """Log-likelihood `[B]` in nats of the pictures' ids `[B, N]` given their captions."""
+        check_ids(ids, self.num_tokens, self.tokens.num_visual)
+        batch = join(self.caption_ids(captions), self.tokens, ids.to(self.device))
+        return image_log_likelihood(self.llm, self.rows, batch, self.num_tokens)
