@@ -4,7 +4,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXPERIMENT ?= experiments/tokenizer/openmoji-32.yaml
-SUITE ?= experiments/benchmark/quick-openmoji-32.yaml
+SUITE ?= experiments/benchmark/quick.yaml
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -15,6 +15,9 @@ NAME := $(basename $(notdir $(EXPERIMENT)))
 OPENMOJI := data/openmoji/manifest.json
 DATA := $(shell grep -qs data/openmoji "$(EXPERIMENT)" && echo $(OPENMOJI))
 SUITE_DATA := $(shell grep -qs data/openmoji "$(SUITE)" && echo $(OPENMOJI))
+# Test pictures of other domains, for a suite that asks for them.
+DOMAINS := data/domains/faces/manifest.json
+SUITE_DATA += $(shell grep -qs "probes:.*domains" "$(SUITE)" && echo $(DOMAINS))
 
 # What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
 CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
@@ -32,7 +35,7 @@ minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 help:
 	@echo "make train-tokenizer   train a tokenizer: data, training, figures, grid (no GPU needed)"
 	@echo "make evaluate          score the newest run of EXPERIMENT, or CHECKPOINT=..., on SHARDS=..."
-	@echo "make benchmark         train the rows of SUITE that have no result yet, and table all of them"
+	@echo "make benchmark         train and score the rows of SUITE that have no result yet, and report on all"
 	@echo "make test              run the tests"
 	@echo "make test-gpu          run the tests that need a CUDA GPU"
 	@echo "make lint              check style and types"
@@ -62,7 +65,7 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \
 	  $(if $(DATA),--floors-train "data/openmoji/train-*.tar") $(ARGS)
 
-benchmark: suite-exists $(VENV)/.installed-cli $(SUITE_DATA)
+benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
 
 test: $(VENV)/.installed-test
@@ -91,10 +94,15 @@ suite-exists:
 $(OPENMOJI): | $(VENV)/.installed-cli
 	$(V2FLOW) data openmoji --out data/openmoji
 
+$(DOMAINS): | $(VENV)/.installed-domains
+	$(V2FLOW) data domains --out data/domains
+
 # One stamp for each set of extras; a change of the dependencies installs again.
 EXTRAS_cli := cli
-EXTRAS_test := cli,test,t2i
-EXTRAS_lint := cli,test,t2i,lint
+EXTRAS_benchmark := cli,benchmark
+EXTRAS_domains := cli,benchmark,domains
+EXTRAS_test := cli,test,t2i,benchmark
+EXTRAS_lint := cli,test,t2i,benchmark,lint
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@echo "v2flow: installing packages into $(VENV); the first time this takes some minutes"

@@ -28,6 +28,7 @@ ARGPARSE_VERBS = [
     ["data", "openmoji"],
     ["data", "folder"],
     ["data", "validate"],
+    ["data", "domains"],
     ["evaluate"],
     ["encode"],
     ["decode"],

@@ -33,7 +33,7 @@ def add_model_verbs(verbs: Any) -> None:
     )
     reconstruct.add_argument("--json", type=Path, metavar="FILE", help="also the PSNR of each picture")
     _add_decode_options(reconstruct)
-    export = _add_verb(verbs, "export", run_export, "a folder for V2FlowTokenizer.from_pretrained")
+    export = _add_verb(verbs, "export", run_export, "a folder for from_pretrained, in the Hugging Face way")
     export.add_argument("folder", type=Path, metavar="DIR", help="new or empty folder to write")
 
 

@@ -15,10 +15,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
+from v2flow.cli_experiment import data_module_class
 from v2flow.errors import V2FlowError
-from v2flow.paths import find_pictures
-from v2flow.training.checkpoint import initialise_from, read_checkpoint
+from v2flow.paths import name_pictures_folder
+from v2flow.training.checkpoint import read_checkpoint
 from v2flow.training.data_module import ShardDataModule
+from v2flow.training.streaming import StreamingDataModule
 
 LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
 """Words that Lightning accepts as --ckpt_path and resolves itself."""
@@ -40,13 +42,14 @@ class TrainingCLI(LightningCLI):
             help="Checkpoint or exported folder whose weights to start from. Unlike --ckpt_path it leaves the "
             "optimiser, the step count and the position in the data as at the start of a run.",
         )
-        # One size for both, whatever class the model is.
-        parser.link_arguments(
-            "model",
-            "data.image_size",
-            compute_fn=lambda module: module.model.config.image_size,
-            apply_on="instantiate",
-        )
+        if self.datamodule_class is ShardDataModule:
+            # One size for both, whatever class the model is.
+            parser.link_arguments(
+                "model",
+                "data.image_size",
+                compute_fn=lambda module: module.model.config.image_size,
+                apply_on="instantiate",
+            )
 
     def _initialise(self) -> None:
         """Takes the weights of `--init-from`, or looks at `--ckpt_path` before Lightning fails on it at length."""
@@ -57,7 +60,7 @@ class TrainingCLI(LightningCLI):
                 "--init-from starts a new one from its weights"
             )
         if options.init_from is not None:
-            initialise_from(self.model.model, options.init_from)
+            self.model.initialise_from(options.init_from)
         elif options.ckpt_path is not None and options.ckpt_path not in LIGHTNING_CHECKPOINTS:
             read_checkpoint(options.ckpt_path)
 
@@ -83,29 +86,29 @@ def run_training(arguments: list[str]) -> None:
         for verb in TrainingCLI.subcommands()
     }
     with _clear_errors(f"v2flow {arguments[0]}"), _command_line(arguments):
-        _training_cli(parser_kwargs=_SETTINGS | verbs)
+        _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS | verbs)
 
 
-def build_experiment(arguments: list[str]) -> tuple[Any, ShardDataModule]:
+def build_experiment(arguments: list[str]) -> tuple[Any, StreamingDataModule]:
     """The LightningModule and the data module that the words after `v2flow fit` describe; nothing is run.
 
     Raises:
         V2FlowError: as :func:`run_training`.
     """
     with _clear_errors("v2flow fit"), _command_line(arguments), _quiet():
-        cli = _training_cli(parser_kwargs=_SETTINGS, run=False)
+        cli = _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS, run=False)
     return cli.model, cli.datamodule
 
 
 _SETTINGS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
 
 
-def _training_cli(**options: Any) -> TrainingCLI:
-    find_pictures()
+def _training_cli(data: type[StreamingDataModule], **options: Any) -> TrainingCLI:
+    name_pictures_folder()
     _silence_lightning()
     return TrainingCLI(
         LightningModule,
-        ShardDataModule,
+        data,
         subclass_mode_model=True,
         # The modules configure their own optimiser: options for another one would do nothing.
         auto_configure_optimizers=False,

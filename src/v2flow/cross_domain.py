@@ -1,6 +1,5 @@
 """A tokenizer scored on pictures of several domains: how far it carries beyond what it was trained on."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from torch import nn
 
 from v2flow.data.domains import DOMAINS
 from v2flow.errors import V2FlowError
-from v2flow.evaluate import _image_size, describe_shards, evaluate_model, evaluation_loader
-
-SHARED_DATA = Path("../shared/data")
-"""Where photographs are looked for if the environment variable V2FLOW_DATA names no folder."""
+from v2flow.evaluate import describe_shards, evaluate_model, evaluation_loader, image_size_of
+from v2flow.paths import pictures_folder
 
 
 def default_domains(data_root: str | Path = "data", shared: str | Path | None = None) -> dict[str, str]:
@@ -24,11 +21,10 @@ def default_domains(data_root: str | Path = "data", shared: str | Path | None = 
 
     Args:
         data_root: holds openmoji/ and domains/.
-        shared: holds cifar10/ and imagenet-sample/; None takes the environment variable V2FLOW_DATA or, without it,
-            ../shared/data.
+        shared: holds cifar10/ and imagenet-sample/; None takes the folder of :func:`v2flow.paths.pictures_folder`.
     """
     root = Path(data_root)
-    photographs = Path(shared if shared is not None else os.environ.get("V2FLOW_DATA") or SHARED_DATA)
+    photographs = Path(shared) if shared is not None else pictures_folder()
     places = {
         "openmoji": root / "openmoji" / "test-*.tar",
         "cifar10": photographs / "cifar10" / "test-*.tar",
@@ -85,7 +81,7 @@ def evaluate_domains(
     loaders = {}
     for name, shards in domains.items():
         try:
-            loaders[name] = evaluation_loader(shards, _image_size(model), batch_size, limit, num_workers)
+            loaders[name] = evaluation_loader(shards, image_size_of(model), batch_size, limit, num_workers)
         except V2FlowError as error:
             raise V2FlowError(f"domain {name}: {error}") from error
     model = model.to(place)

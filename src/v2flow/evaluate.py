@@ -197,7 +197,7 @@ def evaluate_checkpoint(
     for name in names:
         model, info = load_model(path, "raw" if name == "raw" else "ema")
         chosen = select_modes(modes, info["decode_modes"] or FOLDER_MODES)
-        loader = evaluation_loader(data, _image_size(model), batch_size, limit, num_workers, allow_pipe)
+        loader = evaluation_loader(data, image_size_of(model), batch_size, limit, num_workers, allow_pipe)
         if results and _same_tensors(previous, model.state_dict()):
             results[name] = next(iter(results.values()))  # trained without averaging: nothing to score again
             continue
@@ -220,12 +220,12 @@ def evaluate_checkpoint(
             )
             few = min(limit or probe_limit, probe_limit)
             loader_of_few = evaluation_loader(
-                data, _image_size(model), batch_size, few, num_workers, allow_pipe
+                data, image_size_of(model), batch_size, few, num_workers, allow_pipe
             )
             probed = run_probes(probes, model, loader_of_few, settings)
     floors = None
     if floors_train is not None:
-        train = evaluation_loader(floors_train, _image_size(model), batch_size, None, num_workers, allow_pipe)
+        train = evaluation_loader(floors_train, image_size_of(model), batch_size, None, num_workers, allow_pipe)
         floors = data_floors(
             train, loader, features=features, inception_weights=inception_weights, device=place
         )
@@ -288,7 +288,7 @@ def describe_shards(data: str | list[str]) -> dict[str, Any]:
     return {"set": first.parent.name or ".", "split": split.group() if split else "", "shards": shards}
 
 
-def _image_size(model: Any) -> int:
+def image_size_of(model: Any) -> int:
     """Side of the pictures that a tokenizer takes; one of the user's own says it itself."""
     own = getattr(model, "image_size", None)
     return own if own is not None else model.config.image_size

@@ -11,11 +11,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("V2FLOW_CACHE") or Path.home() / ".cache" / "v2flow")
 
 
-def find_pictures() -> None:
-    """Sets V2FLOW_DATA, where experiment files find pictures that are not built here, unless the user has: to
-    ../shared/data if that is there, else to data."""
+def pictures_folder() -> Path:
+    """Where pictures lie that are not built here: the environment variable V2FLOW_DATA, else ../shared/data if it is
+    there, else data."""
     shared = Path("../shared/data")
-    os.environ.setdefault("V2FLOW_DATA", str(shared if shared.is_dir() else "data"))
+    return Path(os.environ.get("V2FLOW_DATA") or (shared if shared.is_dir() else "data"))
+
+
+def name_pictures_folder() -> None:
+    """Puts that folder into V2FLOW_DATA, through which experiment and suite files find it."""
+    os.environ["V2FLOW_DATA"] = str(pictures_folder())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a row costs: time of a step, memory, speed of coding, and ratios to the suite's reference."""
+"""What a row costs: time of a step, memory, speed of coding, and ratios to the reference (`v2flow.overhead`)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,18 +18,20 @@ def overhead_section(results: Mapping[str, Any]) -> Section | None:
         "parameters, M": lambda cost: number(cost.get("parameters"), 1e-6, "{:.2f}"),
         "step, ms": lambda cost: number(cost.get("step_seconds"), 1e3, "{:.0f}"),
         "step, GFLOP": lambda cost: number(cost.get("step_flops"), 1e-9, "{:.1f}"),
-        "peak memory, MiB": lambda cost: number(cost.get("peak_memory_bytes"), 2**-20, "{:.0f}"),
+        "peak memory, MB": lambda cost: number(cost.get("peak_memory_bytes"), 1e-6, "{:.0f}"),
         "encode, pictures/s": lambda cost: number(cost.get("encode_images_per_second"), 1, "{:.0f}"),
     } | {f"decode {mode}, pictures/s": _decoder(mode) for mode in decoders}
     blocks: list[Block] = [
         _table({name: {key: get(cost) for key, get in columns.items()} for name, cost in overhead.items()}),
-        "Median, and in brackets the lowest and highest of the repetitions.",
+        "Medians, and in brackets the quartiles over the repetitions.",
     ]
-    ratios = {name: numbers(cost.get("ratios") or {}) for name, cost in overhead.items()}
+    ratios = {name: _ratios(cost) for name, cost in overhead.items()}
     if any(ratios.values()):
-        reference = results.get("suite", {}).get("reference")
-        blocks.append(f"Ratios to {reference}:" if reference else "Ratios to the first row measured:")
-        blocks.append(_table({n: {k: f"{v:.2f}" for k, v in values.items()} for n, values in ratios.items()}))
+        reference = next(iter(overhead.values())).get("reference") or "the first row"
+        blocks += [
+            f"Ratios to {reference}; of time below 1 is cheaper, of speed above 1 is faster:",
+            _table(ratios),
+        ]
     return Section("What a row costs", blocks)
 
 
@@ -43,18 +45,16 @@ def number(value: Any, factor: float, form: str) -> str:
     return median if low == high else f"{median} ({low}–{high})"
 
 
-def numbers(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers among nested mappings by dotted name; of a spread its median."""
-    found: dict[str, float] = {}
-    for name, inner in value.items():
-        if isinstance(inner, Mapping):
-            median = inner.get("median")
-            found |= (
-                numbers(inner, f"{prefix}{name}.") if median is None else {f"{prefix}{name}": float(median)}
-            )
-        elif isinstance(inner, (int, float)):
-            found[f"{prefix}{name}"] = float(inner)
-    return found
+def _ratios(cost: Cost) -> dict[str, str]:
+    """Figures `…_ratio`, also those of each decode mode, by heading."""
+    ratios: dict[str, Any] = {}
+    for key, value in cost.items():
+        if not key.endswith("_ratio"):
+            continue
+        name = key.removesuffix("_ratio").replace("_", " ")
+        by_mode = isinstance(value, Mapping) and "median" not in value
+        ratios |= {f"{name} {mode}": v for mode, v in value.items()} if by_mode else {name: value}
+    return {name: number(value, 1, "{:.2f}") for name, value in ratios.items()}
 
 
 def _decoders(cost: Cost) -> Mapping[str, Any]:

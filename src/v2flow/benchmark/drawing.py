@@ -64,8 +64,14 @@ def svg(figure: Any, name: str) -> str:
         buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.05, metadata=metadata
     )
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = (
+        svg[svg.index("<svg") :]
+        .replace(INK, "currentColor")
+        .replace("<svg ", '<svg font-family="sans-serif" ', 1)
+    )
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'\b(d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
     return re.sub(r"\s*\n\s*", "\n", svg).strip()
 
 
@@ -120,9 +126,9 @@ def legend(figure: Any, names: Sequence[str], looks: dict[str, Look]) -> None:
         Line2D([], [], color=looks[n].color, marker=looks[n].marker, linestyle=looks[n].style, markersize=4.5)
         for n in names
     ]
-    columns = 2 if all(len(name) <= 34 for name in names) else 1
     # An invisible character first: a label with a leading underscore would be left out.
-    figure.legend(handles, ["\u200b" + short(n, 60) for n in names], loc="outside lower left", ncols=columns)
+    labels = ["\u200b" + short(name, 34) for name in names]
+    figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.0, 0.0), ncols=2)
 
 
 def short(name: str, length: int) -> str:

@@ -12,11 +12,11 @@ from PIL import Image
 from v2flow.benchmark.spread import Run, modes_of, runs_by_name
 from v2flow.images import GRID_MARGIN, GRID_PICTURE, read_picture
 
-MAX_BYTES = 350_000
+MAX_BYTES = 300_000
 """All strips of a page together."""
 MAX_HEIGHT = 128
 """Larger pictures are shown at this height."""
-ATTEMPTS = ((16, None), (12, None), (8, None), (8, 90), (8, 75), (4, 75), (4, 50))
+ATTEMPTS = ((16, None), (12, None), (8, None), (16, 95), (16, 85), (8, 85), (8, 70), (4, 70), (4, 50))
 """Pictures a strip and WebP quality (None: lossless), tried in turn until the page is small enough."""
 
 Picture = Image.Image
@@ -61,15 +61,19 @@ def picture_strips(results: Mapping[str, Any], folder: Path) -> tuple[list[Strip
         labelled += [(f"{name}, {mode}", s) for mode, s in zip(modes_of(run), decoded, strict=True)]
     if not labelled:
         return [], ""
+    labelled = [(label, [_shrink(picture) for picture in pictures]) for label, pictures in labelled]
     for columns, quality in ATTEMPTS:
+        pixels = sum(p.width * p.height for _, pictures in labelled for p in pictures[:columns])
+        if quality is None and pixels > 4 * MAX_BYTES:
+            continue  # would hardly fit, and to find out is slow
         encoded = [(label, _encode(pictures[:columns], quality)) for label, pictures in labelled]
         if sum(len(data) for _, data in encoded) <= MAX_BYTES:
             break
-    shown = "without loss" if quality is None else f"as WebP of quality {quality}"
+    how = "without loss" if quality is None else f"as WebP of quality {quality}"
     strips = [
         Strip(label, f"data:image/webp;base64,{base64.b64encode(data).decode()}") for label, data in encoded
     ]
-    return strips, f"The first pictures of the evaluation set, {shown}; one seed of each row."
+    return strips, f"The first pictures of the evaluation set, {how}; one seed of each row."
 
 
 def cut_grid(image: Picture, run: Run) -> list[list[Picture]]:
@@ -101,6 +105,14 @@ def _picture(strip: Picture, column: int, width: int, size: tuple[int, int]) -> 
     return cut.resize(size, Image.Resampling.NEAREST)
 
 
+def _shrink(picture: Picture) -> Picture:
+    if picture.height <= MAX_HEIGHT:
+        return picture
+    return picture.resize(
+        (max(picture.width * MAX_HEIGHT // picture.height, 1), MAX_HEIGHT), Image.Resampling.LANCZOS
+    )
+
+
 def _encode(pictures: list[Picture], quality: int | None) -> bytes:
     width, height = sum(p.width for p in pictures), pictures[0].height
     strip = Image.new("RGB", (width, height))
@@ -108,10 +120,7 @@ def _encode(pictures: list[Picture], quality: int | None) -> bytes:
     for picture in pictures:
         strip.paste(picture, (left, 0))
         left += picture.width
-    if height > MAX_HEIGHT:
-        strip = strip.resize((width * MAX_HEIGHT // height, MAX_HEIGHT), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    strip.save(
-        buffer, "WEBP", lossless=quality is None, quality=100 if quality is None else quality, method=4
-    )
+    # Without loss, quality is how hard the encoder tries.
+    strip.save(buffer, "WEBP", lossless=quality is None, quality=quality or 75, method=4)
     return buffer.getvalue()

@@ -5,6 +5,7 @@ results give the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from v2flow.benchmark.drawing import (
@@ -34,16 +35,16 @@ from v2flow.errors import V2FlowError
 CAPTIONS = {
     "tradeoff": (
         "Distortion against perception: psnr and kernel distance of every row and decode mode; lower right is better. "
-        "Filled: a row's first decode mode, open: the others, line: its decode settings in their order. Bars: standard "
-        "deviation over seeds."
+        "Filled: a row's first decode mode, open: the others. Dots: its decode settings on the probe's pictures, "
+        "line: those that no other setting is better than in both. Bars: standard deviation over seeds."
     ),
     "training": (
         "Quality on the way, psnr of the first decode mode on validation pictures, mean over seeds, against steps and "
-        "against minutes (a run's minutes spread evenly over its steps)."
+        "against minutes (the budget's, or else the run's own, spread evenly over its steps)."
     ),
     "tokens": "Quality against tokens a picture, each row at its best decode mode for the figure.",
     "speed": (
-        "Time of a training step, and pictures encoded and decoded a second. Bars: lowest and highest of the "
+        "Time of a training step, and pictures encoded and decoded a second. Bars: quartiles over the "
         "repetitions. Filled: a row's first decode mode, open: the others."
     ),
     "robustness": "psnr when a share of the tokens is replaced: solid by random ones, dashed by near ones.",
@@ -83,26 +84,31 @@ def _tradeoff(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
     figure, (axes,) = panels([3.4])
     kids = [line.figures[KID].mean for line in lines]
     for name, runs in runs_by_name(results).items():
-        points = [p for p in decoding_points(runs).values() if {"psnr", KID} <= p.keys()]
-        kids += [p[KID].mean for p in points]
+        known = [p for p in decoding_points(runs).values() if {"psnr", KID} <= p.keys()]
+        points = [(p["psnr"].mean, p[KID].mean) for p in known]
+        kids += [kid for _, kid in points]
         look = looks[name]
-        axes.plot(
-            [p["psnr"].mean for p in points],
-            [p[KID].mean for p in points],
-            color=look.color,
-            linestyle=look.style,
-            marker=".",
-            markersize=3,
-        )
+        for each, marker, line_style in ((points, ".", "none"), (frontier(points), "", look.style)):
+            x, y = [psnr for psnr, _ in each], [kid for _, kid in each]
+            axes.plot(x, y, color=look.color, marker=marker, markersize=4, linestyle=line_style, alpha=0.8)
     seen: set[str] = set()
     for line in lines:
-        x, y = line.figures["psnr"], line.figures[KID]
-        point(axes, x, y, looks[line.name], filled=line.name not in seen)
+        filled = line.name not in seen
+        point(axes, line.figures["psnr"], line.figures[KID], looks[line.name], filled)
         seen.add(line.name)
     axis_scale(axes.yaxis, axes.set_yscale, kids)
     axes.set(xlabel="psnr, dB →", ylabel=f"← {KID}")
     legend(figure, [line.name for line in lines], looks)
     return figure
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (psnr, distance) that no other is better than in both, by descending psnr."""
+    best: list[tuple[float, float]] = []
+    for psnr, distance in sorted(points, key=lambda p: (-p[0], p[1])):
+        if not best or distance < best[-1][1]:
+            best.append((psnr, distance))
+    return best
 
 
 def _training(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
@@ -218,10 +224,10 @@ def _robustness(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
     if not found:
         return None
     figure, (axes,) = panels([2.8])
+    looks = {name: replace(looks[name], style="-") for name in found}
     for name, kinds in found.items():
         for kind, points in kinds.items():
-            look = Look(looks[name].color, looks[name].marker, "--" if kind == "near" else "-")
-            _curve(axes, points, look)
-    axes.set(xlabel="share of tokens replaced", ylabel="psnr, dB")
+            _curve(axes, points, replace(looks[name], style="--") if kind == "near" else looks[name])
+    axes.set(xlabel="share of tokens replaced", ylabel="psnr, dB →")
     legend(figure, list(found), looks)
     return figure

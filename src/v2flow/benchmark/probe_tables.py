@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from v2flow.benchmark.cost_tables import numbers
 from v2flow.benchmark.document import ABSENT, Section, Table
 from v2flow.benchmark.spread import (
     DIRECTIONS,
@@ -14,6 +13,9 @@ from v2flow.benchmark.spread import (
     over_seeds,
     runs_by_name,
 )
+
+POINT_COSTS = {"field_evaluations": "field evaluations", "seconds_per_picture": "seconds a picture"}
+"""What a decode setting costs -> heading."""
 
 
 def probe_sections(results: Mapping[str, Any]) -> list[Section]:
@@ -50,12 +52,15 @@ def robustness_points(runs: Sequence[Run]) -> dict[str, dict[float, Spread]]:
 
 
 def _decoding(rows: Mapping[str, Sequence[Run]]) -> Section | None:
-    lines = [
-        ([name, point], figures)
-        for name, runs in rows.items()
-        for point, figures in decoding_points(runs).items()
-    ]
-    return _figures_section("Decode settings", ["row", "setting"], lines)
+    lines = []
+    for name, runs in rows.items():
+        found = probes(runs, "decoding")
+        for point, figures in decoding_points(runs).items():
+            costs = [[probe[point].get(key) for probe in found if point in probe] for key in POINT_COSTS]
+            spreads = [over_seeds(values) for values in costs]
+            cells = [ABSENT if s is None else f"{s.mean:.3g}" for s in spreads]
+            lines.append(([name, point, *cells], figures))
+    return _figures_section("Decode settings", ["row", "setting", *POINT_COSTS.values()], lines)
 
 
 def _domains(rows: Mapping[str, Sequence[Run]]) -> Section | None:
@@ -100,11 +105,22 @@ def _robustness(rows: Mapping[str, Sequence[Run]]) -> Section | None:
 def _alignment(rows: Mapping[str, Sequence[Run]]) -> Section | None:
     found = {name: [numbers(probe) for probe in probes(runs, "alignment")] for name, runs in rows.items()}
     found = {name: sets for name, sets in found.items() if sets}
-    columns = list(dict.fromkeys(key for sets in found.values() for values in sets for key in values))
-    if not columns:
+    measures = list(dict.fromkeys(key for sets in found.values() for values in sets for key in values))
+    if not measures:
         return None
     lines = []
-    for name, sets in found.items():
-        spreads = [over_seeds(values.get(column) for values in sets) for column in columns]
-        lines.append([name, *(ABSENT if spread is None else spread.text("{:.4g}") for spread in spreads)])
-    return Section("Alignment with the vocabulary", [Table(["row", *columns], lines)])
+    for measure in measures:
+        spreads = [over_seeds(values.get(measure) for values in sets) for sets in found.values()]
+        lines.append([measure, *(ABSENT if spread is None else spread.text("{:.4g}") for spread in spreads)])
+    return Section("Alignment with the vocabulary", [Table(["measure", *found], lines)])
+
+
+def numbers(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among nested mappings, by dotted name."""
+    found: dict[str, float] = {}
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            found |= numbers(inner, f"{prefix}{name}.")
+        elif isinstance(inner, (int, float)):
+            found[f"{prefix}{name}"] = float(inner)
+    return found

@@ -127,6 +127,7 @@ def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Pat
         "weights": evaluation["weights"],
         "curve": _curve(folder),
         "probes": evaluation.get("probes", {}),
+        "probe_notes": evaluation.get("probe_notes", {}),
         "grid": grid,
     }
     write_json(out / f"{name}.json", _without_places(result))

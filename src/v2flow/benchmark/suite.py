@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from v2flow.errors import V2FlowError
-from v2flow.paths import find_pictures
+from v2flow.paths import name_pictures_folder
 
 
 @dataclass
@@ -98,7 +98,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         V2FlowError: not YAML, an unknown or missing key, or two rows of one name.
     """
-    find_pictures()
+    name_pictures_folder()
     try:
         values = OmegaConf.to_container(OmegaConf.create(path.read_text()), resolve=True)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

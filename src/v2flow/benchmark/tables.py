@@ -33,7 +33,7 @@ RUN_COLUMNS: dict[str, tuple[Callable[[Run], float | None], str]] = {
     "bits": (lambda run: run.get("bits"), "{:g}"),
     "parameters, M": (lambda run: _scaled(run.get("parameters"), 1e-6), "{:.2f}"),
     "steps": (lambda run: run.get("step"), "{:.0f}"),
-    "minutes": (lambda run: run.get("minutes"), "{:.1f}"),
+    "wall-clock minutes": (lambda run: run.get("minutes"), "{:.1f}"),
 }
 """Heading -> figure of a run, which has no better end, and how it is written."""
 CONSTANT = ("tokens", "bits", "parameters, M")

@@ -21,8 +21,8 @@ REFERENCE = "VQ"
 HOW = (
     f"Two rows are told apart when Welch's t-test over their seeds gives p < {LEVEL:g} (each pair by itself, not "
     "corrected for the number of pairs) and, for the kernel distance, the difference also exceeds twice its standard "
-    "error over the pictures. One seed has no spread, so its differences are given but not judged. All of it holds for these "
-    "pictures and this budget."
+    "error over the pictures. One seed has no spread, so its differences are given but not judged. All of it holds "
+    "for these pictures and this budget."
 )
 
 
