@@ -29,6 +29,7 @@ ARGPARSE_VERBS = [
     ["data", "folder"],
     ["data", "validate"],
     ["data", "domains"],
+    ["data", "shapes"],
     ["evaluate"],
     ["encode"],
     ["decode"],

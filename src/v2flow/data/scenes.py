@@ -4,13 +4,11 @@ What a caption does not say is free; what it says is recorded as demands, which 
 """
 
 import json
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import combinations
 from typing import Any
-
-import numpy as np
 
 from v2flow.data.writer import SPLITS
 from v2flow.errors import V2FlowError
@@ -18,15 +16,15 @@ from v2flow.errors import V2FlowError
 TASKS = ("single_object", "colors", "two_object", "color_attr", "position", "counting")
 """GenEval's names; sample i of a split is of task i mod 6."""
 COLOURS = {
-    "red": (225, 25, 30),
-    "green": (20, 155, 50),
+    "red": (230, 20, 30),
+    "green": (25, 190, 60),
     "blue": (35, 75, 235),
-    "yellow": (255, 215, 0),
-    "purple": (150, 35, 190),
+    "yellow": (240, 190, 0),
+    "purple": (170, 30, 220),
     "black": (15, 15, 15),
 }
 """8-bit RGB on a white canvas."""
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 SIZES = {"small": (8.25 / 32, 9.5 / 32), "large": (12.5 / 32, 14.0 / 32)}
 """Shortest and longest diameter in sides of the canvas: 8 to 14 pixels of 32."""
 SIZE_EDGE = 11 / 32
@@ -41,7 +39,15 @@ MAX_COUNT = 4
 REACH = 0.55
 """No shape reaches farther from its centre along an axis, in diameters."""
 HELD_OUT_SEED = 0
-HELD_OUT_DUOS = 2
+_SAID = {
+    "single_object": ((), ("size",), ("size", "colour")),
+    "colors": (("colour",),),
+    "two_object": ((),),
+    "color_attr": (("colour",),),
+    "position": ((), ("colour",)),
+    "counting": ((), ("colour",)),
+}
+"""Attributes beside the shape that a caption may name, by task."""
 _NUMBERS = ("one", "two", "three", "four")
 _MARGIN = 0.5 / 32
 _GAP = 2.0 / 32
@@ -136,7 +142,8 @@ def scene_from_json(text: str | bytes, where: str = "scene") -> Scene:
             ("task", scene.task, TASKS),
             ("relation", scene.relation, (None, *RELATIONS)),
         ]
-        for each in (*scene.objects, *scene.demands):
+        things: tuple[Object | Demand, ...] = (*scene.objects, *scene.demands)
+        for each in things:
             checks += [("shape", each.shape, SHAPES), ("colour", each.colour, (None, *COLOURS))]
         checks += [("size", demand.size, (None, *SIZES)) for demand in scene.demands]
         if scene.task == "position" and (scene.relation is None or len(scene.demands) != 2):
@@ -148,7 +155,9 @@ def scene_from_json(text: str | bytes, where: str = "scene") -> Scene:
         ) from error
     for name, found, expected in checks:
         if found not in expected:
-            raise V2FlowError(f"{where}: {name}: expected one of {', '.join(map(str, expected))}, found {found!r}")
+            raise V2FlowError(
+                f"{where}: {name}: expected one of {', '.join(map(str, expected))}, found {found!r}"
+            )
     return scene
 
 
@@ -176,15 +185,14 @@ class HeldOut:
 def held_out() -> HeldOut:
     """The combinations that only the split `test` shows, the same for every seed of samples.
 
-    Each colour loses one shape, so that each shape loses one or two of its six colours, and two of the ten duos of
-    different shapes, without a shape in common, are never seen together.
+    Each colour loses one shape and each shape one colour, drawn at random: 6 of 36 pairs. Shapes that are neighbours
+    when the six stand in a circle in random order are never in one picture: 6 of 15 duos, each shape keeps three
+    partners.
     """
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
-    colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))]
-    pairs = frozenset((colour, shapes[i % len(shapes)]) for i, colour in enumerate(colours))
-    order = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
-    duos = frozenset(frozenset(order[2 * i : 2 * i + 2]) for i in range(HELD_OUT_DUOS))
+    rng = random.Random(f"held out {HELD_OUT_SEED}")
+    shapes, circle = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
+    pairs = frozenset(zip(COLOURS, shapes, strict=True))
+    duos = frozenset(frozenset(duo) for duo in zip(circle, circle[1:] + circle[:1], strict=True))
     return HeldOut(pairs, duos)
 
 
@@ -205,7 +213,7 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
         raise V2FlowError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     if seed < 0 or index < 0:
         raise V2FlowError(f"seed, index: expected numbers that are not negative, found {seed}, {index}")
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    rng = random.Random(f"{seed} {split} {index}")
     task = TASKS[index % len(TASKS)]
     while True:
         demands, relation, kinds = _draw(task, rng)
@@ -215,80 +223,96 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
     return Scene(task, _caption(task, demands, relation, rng), objects, demands, relation)
 
 
-def _pick(rng: np.random.Generator, options: Iterable[Any]) -> Any:
-    options = tuple(options)
-    return options[rng.integers(len(options))]
+# Only `random()` is drawn from: Python promises its sequence for a seed, but not that of `choice` or `sample`.
+def _pick(rng: random.Random, options: Sequence[Any]) -> Any:
+    return options[int(rng.random() * len(options))]
 
 
-def _draw(task: str, rng: np.random.Generator) -> tuple[tuple[Demand, ...], str | None, tuple[Demand, ...]]:
+def _pick_two(rng: random.Random, options: Sequence[str]) -> tuple[str, str]:
+    """Two different ones."""
+    first = _pick(rng, options)
+    return first, _pick(rng, [option for option in options if option != first])
+
+
+def _between(rng: random.Random, low: float, high: float) -> float:
+    return low + (high - low) * rng.random()
+
+
+def _draw(task: str, rng: random.Random) -> tuple[tuple[Demand, ...], str | None, tuple[Demand, ...]]:
     """What a caption says, the relation, and all that is drawn: every attribute, said or not."""
-    count = {"single_object": 1, "colors": 1, "counting": int(rng.integers(1, MAX_COUNT + 1))}.get(task, 2)
-    number = 1 if task == "counting" else count  # of different things
-    shapes = rng.permutation(len(SHAPES))[:number]
-    colours = rng.permutation(len(COLOURS))[:number]
-    kinds = tuple(
-        Demand(SHAPES[s], list(COLOURS)[c], "small" if task == "counting" else _pick(rng, SIZES))
-        for s, c in zip(shapes, colours, strict=True)
-    )
-    said = {
-        "single_object": ((), ("size",), ("size", "colour")),
-        "colors": (("colour",),),
-        "two_object": ((),),
-        "color_attr": (("colour",),),
-        "position": ((), ("colour",)),
-        "counting": ((), ("colour",)),
-    }[task]
-    names = _pick(rng, said)
+    shapes, colours = _pick_two(rng, SHAPES), _pick_two(rng, tuple(COLOURS))
+    sizes = ("small", "small") if task == "counting" else tuple(_pick(rng, tuple(SIZES)) for _ in range(2))
+    kinds = tuple(Demand(*each) for each in zip(shapes, colours, sizes, strict=True))
+    names = _pick(rng, _SAID[task])
     demands = tuple(Demand(kind.shape, **{name: getattr(kind, name) for name in names}) for kind in kinds)
-    relation = _pick(rng, RELATIONS) if task == "position" else None
     if task == "counting":
-        return demands * count, relation, kinds * count
-    return demands, relation, kinds
+        count = 1 + int(rng.random() * MAX_COUNT)
+        return demands[:1] * count, None, kinds[:1] * count
+    if task in ("single_object", "colors"):
+        return demands[:1], None, kinds[:1]
+    return demands, _pick(rng, tuple(RELATIONS)) if task == "position" else None, kinds
 
 
-def _place(kinds: Sequence[Demand], relation: str | None, rng: np.random.Generator) -> tuple[Object, ...]:
-    """Anywhere on the canvas, apart from each other; a relation holds by a clear margin."""
+def _place(kinds: Sequence[Demand], relation: str | None, rng: random.Random) -> tuple[Object, ...]:
+    """One or two objects anywhere on the canvas, two side by side or one above the other with a gap between them."""
+    if len(kinds) == 1:
+        size = _between(rng, *SIZES[str(kinds[0].size)])
+        return (_object(kinds[0], size, _anywhere(size, rng), _anywhere(size, rng)),)
+    side = relation or _pick(rng, tuple(RELATIONS))
     while True:
-        sizes = [rng.uniform(*SIZES[kind.size or "small"]) for kind in kinds]
-        places = [rng.uniform(REACH * s + _MARGIN, 1 - REACH * s - _MARGIN, 2) for s in sizes]
-        apart = all(
-            np.abs(places[a] - places[b]).max() >= REACH * (sizes[a] + sizes[b]) + _GAP
-            for a, b in combinations(range(len(kinds)), 2)
-        )
-        if apart and (relation is None or _clearly(relation, *places)):
-            return tuple(_object(*each) for each in zip(kinds, sizes, places, strict=True))
+        sizes = [_between(rng, *SIZES[str(kind.size)]) for kind in kinds]
+        spare = 1 - 2 * (REACH * sum(sizes) + _MARGIN) - _GAP
+        if spare >= 0:
+            break
+    if side in ("right", "below"):  # the second object comes first along the axis
+        sizes.reverse()
+    low, high = sorted((_between(rng, 0, spare), _between(rng, 0, spare)))
+    along = (
+        _MARGIN + REACH * sizes[0] + low,
+        _MARGIN + REACH * (2 * sizes[0] + sizes[1]) + _GAP + high,
+    )
+    while True:
+        across = [_anywhere(size, rng) for size in sizes]
+        # A relation that the caption names is clear: within 27 degrees of the axis.
+        if relation is None or abs(across[0] - across[1]) <= 0.5 * (along[1] - along[0]):
+            break
+    places = list(
+        zip(along, across, strict=True) if side in ("left", "right") else zip(across, along, strict=True)
+    )
+    if side in ("right", "below"):
+        sizes.reverse()
+        places.reverse()
+    return tuple(_object(kind, size, *place) for kind, size, place in zip(kinds, sizes, places, strict=True))
 
 
-def _clearly(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
-    """Within 27 degrees of the axis: the offset across is at most half of the offset along it."""
-    axis = 0 if relation in ("left", "right") else 1
-    offset = (first - second) * (1 if relation in ("right", "below") else -1)
-    return bool(offset[axis] > 0 and abs(offset[1 - axis]) <= 0.5 * offset[axis])
+def _anywhere(size: float, rng: random.Random) -> float:
+    return _between(rng, _MARGIN + REACH * size, 1 - _MARGIN - REACH * size)
 
 
-def _quarters(kinds: Sequence[Demand], rng: np.random.Generator) -> tuple[Object, ...]:
+def _quarters(kinds: Sequence[Demand], rng: random.Random) -> tuple[Object, ...]:
     """Each object somewhere in its own quarter of the canvas, so that four can be told apart at 32 pixels."""
+    quarters = sorted(((0, 0), (0, 1), (1, 0), (1, 1)), key=lambda _: rng.random())
     objects = []
-    for kind, quarter in zip(kinds, rng.permutation(4), strict=False):
-        size = rng.uniform(*SIZES["small"])
+    for kind, (right, low) in zip(kinds, quarters, strict=False):
+        size = _between(rng, *SIZES["small"])
         outer, inner = REACH * size + _MARGIN, 0.5 - REACH * size - _GAP / 2
-        place = rng.uniform(outer, inner, 2)
-        mirrored = np.array([quarter % 2, quarter // 2], dtype=bool)
-        objects.append(_object(kind, size, np.where(mirrored, 1 - place, place)))
+        x, y = _between(rng, outer, inner), _between(rng, outer, inner)
+        objects.append(_object(kind, size, 1 - x if right else x, 1 - y if low else y))
     return tuple(objects)
 
 
-def _object(kind: Demand, size: float, place: np.ndarray) -> Object:
-    x, y = place.tolist()
+def _object(kind: Demand, size: float, x: float, y: float) -> Object:
     return Object(kind.shape, str(kind.colour), round(size, 5), round(x, 5), round(y, 5))
 
 
-def _caption(task: str, demands: Sequence[Demand], relation: str | None, rng: np.random.Generator) -> str:
+def _caption(task: str, demands: Sequence[Demand], relation: str | None, rng: random.Random) -> str:
     """One of a few ways to say it."""
     if task == "counting":
         number = len(demands)
         text = f"{_NUMBERS[number - 1]} {_noun(demands[0], plural=number > 1)}"
-        return _pick(rng, ("{}", "a picture of {}", f"there {'are' if number > 1 else 'is'} {{}}")).format(text)
+        return _pick(rng, ("{}", "a picture of {}", f"there {'are' if number > 1 else 'is'} {{}}")).format(
+            text
+        )
     nouns = [f"a {_noun(demand)}" for demand in demands]
     if relation is not None:
         text = f" {_pick(rng, RELATIONS[relation])} ".join(nouns)

@@ -35,8 +35,8 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """
     if shape == "circle":
         return np.hypot(u, v) - 0.5
-    if shape == "ring":  # the hole is half as wide as the ring
-        return np.abs(np.hypot(u, v) - 0.375) - 0.125
+    if shape == "ring":  # the hole is a little less than half as wide as the ring
+        return np.abs(np.hypot(u, v) - 0.36) - 0.14
     if shape == "square":
         return np.maximum(np.abs(u), np.abs(v)) - 0.44
     if shape == "triangle":
@@ -46,6 +46,8 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "cross":
         a, b = np.abs(u), np.abs(v)
         return np.minimum(np.maximum(a - 0.5, b - 0.19), np.maximum(a - 0.19, b - 0.5))
+    if shape == "bar":
+        return np.maximum(np.abs(u) - 0.5, np.abs(v) - 0.23)
     raise V2FlowError(f"shape: {shape!r} cannot be drawn")
 
 
@@ -69,8 +71,12 @@ def render(scene: Scene, size: int = 32) -> np.ndarray:
         reach = REACH * each.size
         left, top = (max(0, int((centre - reach) * size)) for centre in (each.x, each.y))
         right, bottom = (min(size, int((centre + reach) * size) + 2) for centre in (each.x, each.y))
-        u = ((np.arange(left * SUPERSAMPLING, right * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) - each.x) / each.size
-        v = ((np.arange(top * SUPERSAMPLING, bottom * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) - each.y) / each.size
+        u = (
+            (np.arange(left * SUPERSAMPLING, right * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) - each.x
+        ) / each.size
+        v = (
+            (np.arange(top * SUPERSAMPLING, bottom * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) - each.y
+        ) / each.size
         inside = signed_distance(each.shape, *np.meshgrid(u, v)) < 0
         cells = inside.reshape(bottom - top, SUPERSAMPLING, right - left, SUPERSAMPLING)
         coverage = cells.mean((1, 3))[..., None]
@@ -110,12 +116,20 @@ def build_shapes(
     out = Path(out)
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
     if min(counts.values()) < 0 or not any(counts.values()):
-        raise V2FlowError(f"options train, val, test: expected numbers of pictures, found {train}, {val}, {test}")
+        raise V2FlowError(
+            f"options train, val, test: expected numbers of pictures, found {train}, {val}, {test}"
+        )
     if size < SMALLEST or seed < 0:
         raise V2FlowError(
             f"options size, seed: expected at least {SMALLEST} pixels and a seed from 0 on, found {size}, {seed}"
         )
-    build = {"kind": "shapes", "rules": _RULES, "held_out_seed": HELD_OUT_SEED, "seed": seed, "size": size} | counts
+    build = {
+        "kind": "shapes",
+        "rules": _RULES,
+        "held_out_seed": HELD_OUT_SEED,
+        "seed": seed,
+        "size": size,
+    } | counts
     finished = finished_build(out, build)
     if finished is not None:
         return finished
