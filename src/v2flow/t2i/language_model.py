@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from v2flow.errors import V2FlowError
-from v2flow.llm import _gemma_file, _gemma_version
+from v2flow.llm import gemma_file, gemma_version
 from v2flow.paths import cache_dir
 from v2flow.t2i.small_llm import PREFIX, small_llm, train_caption_llm_tokenizer
 
@@ -29,6 +29,7 @@ def load_language_model(
     random_weights: bool = False,
     dtype: torch.dtype = torch.float32,
     captions: Sequence[str] | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
 ) -> tuple[Any, Any]:
     """A causal LLM in evaluation mode on the CPU, and its tokenizer.
@@ -40,15 +41,16 @@ def load_language_model(
         random_weights: draw the weights anew from the LLM's own initialisation: the control without pretraining.
         dtype: type of the weights.
         captions: texts that the tokenizer of ``gpt2-style`` is trained on.
+        tokenizer: such a tokenizer, trained before; no captions are needed then.
         seed: of random weights.
 
     Raises:
         V2FlowError: an unknown source or one that cannot be read, `layers` out of range, or captions missing.
     """
     if source.startswith(PREFIX):
-        if not captions:
+        if not captions and tokenizer is None:
             raise V2FlowError(f"option llm: {source!r} needs captions to train its tokenizer on; give some")
-        tokenizer: Any = train_caption_llm_tokenizer(captions)
+        tokenizer = tokenizer if tokenizer is not None else train_caption_llm_tokenizer(captions or [])
         config = _first_layers(small_llm(source.removeprefix(PREFIX), tokenizer), layers)
         return _random_model(config, dtype, seed), tokenizer
     if source == "gemma3-270m":
@@ -57,7 +59,7 @@ def load_language_model(
 
 
 def _load_gemma(layers: int | None, random_weights: bool, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
-    folder = cache_dir() / "language-models" / f"gemma3-270m-{_gemma_version()}-bf16"
+    folder = cache_dir() / "language-models" / f"gemma3-270m-{gemma_version()}-bf16"
     _convert_gemma_once(folder)
     try:
         return _load_folder(str(folder), layers, random_weights, dtype, seed)
@@ -79,7 +81,7 @@ def _convert_gemma_once(folder: Path) -> None:
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return
-        file = _gemma_file()
+        file = gemma_file()
         _log.info("converting %s for transformers, once: about a minute", file.name)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             # In fp32, and only then rounded: CPUs without bf16 units take ten times as long to load as bf16.
@@ -87,13 +89,9 @@ def _convert_gemma_once(folder: Path) -> None:
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
             )  # fmt: skip
-            model.to(torch.bfloat16).save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
             finished = Path(temporary) / "finished"
-            finished.mkdir()
-            for path in Path(temporary).iterdir():
-                if path != finished:
-                    path.rename(finished / path.name)
+            model.to(torch.bfloat16).save_pretrained(finished)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(finished)
             os.rename(finished, folder)
 
 

@@ -1,5 +1,6 @@
 """A small GPT-2-style LLM for runs without a pretrained one: its vocabulary is trained on the captions alone."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,6 +58,19 @@ def train_caption_llm_tokenizer(captions: Iterable[str], vocab_size: int = 4096)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
+    return caption_llm_tokenizer(tokenizer.to_str())
+
+
+def backend_text(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What makes such a tokenizer anew, without the visual tokens that may have been added to it."""
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] in (BOS, EOS, PAD)]
+    return json.dumps(document)
+
+
+def caption_llm_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that `backend_text` says."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=POSITIONS
-    )
+        tokenizer_object=Tokenizer.from_str(text), bos_token=BOS, eos_token=EOS, pad_token=PAD,
+        model_max_length=POSITIONS,
+    )  # fmt: skip
