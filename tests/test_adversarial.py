@@ -217,7 +217,9 @@ def test_a_resumed_training_equals_one_in_a_piece(tmp_path: Path) -> None:
 
 def test_a_resume_with_other_losses_is_refused(tmp_path: Path) -> None:
     fit(make_module(), tmp_path, steps=2).save_checkpoint(tmp_path / "half.ckpt")
-    with pytest.raises(V2FlowError, match="pixel_losses.adversarial is 0.0 in the checkpoint and 1.0 in this"):
+    with pytest.raises(
+        V2FlowError, match="pixel_losses.adversarial is 0.0 in the checkpoint and 1.0 in this"
+    ):
         fit(make_module(adversarial=1.0), tmp_path, resume=tmp_path / "half.ckpt")
 
 
@@ -240,7 +242,9 @@ def test_perceptual_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Refused without its weights; with weights in place it is a loss that training follows."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     module = make_module(perceptual=2.0, image_size=32, total_steps=3)
-    with pytest.raises(V2FlowError, match=r"pixel_losses.perceptual: .*alexnet-owt-.* not found: download http"):
+    with pytest.raises(
+        V2FlowError, match=r"pixel_losses.perceptual: .*alexnet-owt-.* not found: download http"
+    ):
         module._pixel_networks(CPU)
     file = tmp_path / "hub" / "checkpoints" / extractors.LPIPS_FILE
     file.parent.mkdir(parents=True)

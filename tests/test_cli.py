@@ -30,6 +30,8 @@ ARGPARSE_VERBS = [
     ["data", "validate"],
     ["data", "domains"],
     ["data", "shapes"],
+    ["data", "tokens"],
+    ["generate"],
     ["evaluate"],
     ["encode"],
     ["decode"],
@@ -101,7 +103,19 @@ def test_help_and_import_do_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for verb in ("data", "fit", "validate", "test", "evaluate", "encode", "decode", "reconstruct", "export"):
+    for verb in (
+        "data",
+        "fit",
+        "validate",
+        "test",
+        "generate",
+        "evaluate",
+        "encode",
+        "decode",
+        "reconstruct",
+        "export",
+        "benchmark",
+    ):
         assert re.search(rf"\n    {verb}\s", done.stdout)
 
 

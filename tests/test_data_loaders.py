@@ -279,5 +279,5 @@ def test_decoded_pictures_kept_in_memory_are_the_same(pattern: str, monkeypatch:
     read: list[int] = []
     monkeypatch.setattr(shards, "read", lambda sample, field: read.append(field) or b"")
     for sample in reader._decoded:
-        reader.image(sample)
+        reader.content(sample)
     assert read == []

@@ -197,7 +197,7 @@ def test_pickled_members_are_never_run(tmp_path: Path, monkeypatch: pytest.Monke
         tmp_path / "a.tar", [("a.png", numbered_picture(5)), *((f"a.{name}", payload) for name in names)]
     )
     batch = EvaluationBatches(SampleReader(open_shards(path, progress=False), 8), 1)[Request(0, 0, 1)]
-    assert batch.error is None and batch.image[0, 0, 0, 0] == 5
+    assert batch.error is None and batch.tensors["image"][0, 0, 0, 0] == 5
     assert validate_shards(path, progress=False, processes=1).ok
     assert not target.exists()
     pickle.loads(payload)  # the payload would have worked

@@ -214,7 +214,7 @@ def test_gemma_is_converted_once_and_again_when_damaged(
     """With a small GGUF in the place of the package's, through transformers' own reader."""
     monkeypatch.setenv("V2FLOW_CACHE", str(tmp_path / "cache"))
     gguf = write_gemma_gguf(tmp_path / "gemma.gguf")
-    monkeypatch.setattr(language_model, "_gemma_file", lambda: gguf)
+    monkeypatch.setattr(language_model, "gemma_file", lambda: gguf)
     model, tokenizer = load_language_model("gemma3-270m")
     assert model.config.model_type == "gemma3_text" and next(model.parameters()).dtype == torch.float32
     (folder,) = [f for f in (tmp_path / "cache" / "language-models").iterdir() if f.is_dir()]

@@ -43,7 +43,9 @@ def test_the_loss_is_that_of_single_sequences_without_padding(family: str) -> No
     captions = [CAPTIONS[0], None, CAPTIONS[1]]
     targets = torch.cat([ids + model.tokens.first, torch.full((3, 1), model.tokens.eoi)], dim=1)
     rows = [plain_logits(model, c, i) for c, i in zip(model.caption_ids(captions), ids, strict=True)]
-    full = torch.stack([row.log_softmax(-1).gather(1, t[:, None]) for row, t in zip(rows, targets, strict=True)])
+    full = torch.stack(
+        [row.log_softmax(-1).gather(1, t[:, None]) for row, t in zip(rows, targets, strict=True)]
+    )
     visual = torch.stack(
         [
             row[:, model.tokens.rows].log_softmax(-1).gather(1, (t - model.tokens.boi)[:, None])
@@ -99,6 +101,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
         V2FlowForTextToImage(
             model.tokenizer, model.llm, model.llm_tokenizer, model.tokens, model.rows, max_caption=10**6
         )
-    other = V2FlowTokenizer(small_config(visual_vocabulary=type(model.tokenizer.config.visual_vocabulary)(size=16)))
+    other = V2FlowTokenizer(
+        small_config(visual_vocabulary=type(model.tokenizer.config.visual_vocabulary)(size=16))
+    )
     with pytest.raises(V2FlowError, match="expected 32 codes"):
         V2FlowForTextToImage(other, model.llm, model.llm_tokenizer, model.tokens, model.rows)

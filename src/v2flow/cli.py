@@ -10,6 +10,7 @@ from typing import NoReturn
 from v2flow import __version__
 from v2flow.cli_benchmark import add_benchmark_verb
 from v2flow.cli_data import add_data_verbs
+from v2flow.cli_generate import add_generate_verb
 from v2flow.cli_model import add_model_verbs
 from v2flow.errors import V2FlowError
 
@@ -40,6 +41,7 @@ def build_parser() -> Parser:
         # Only listed here: their options are those of the experiment files, see `main`.
         verbs.add_parser(verb, help=summary, add_help=False)
     add_model_verbs(verbs)
+    add_generate_verb(verbs)
     add_benchmark_verb(verbs)
     return parser
 

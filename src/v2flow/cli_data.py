@@ -16,6 +16,8 @@ def add_data_verbs(verbs: Any) -> None:
     _add_openmoji(kinds)
     _add_folder(kinds)
     _add_domains(kinds)
+    _add_shapes(kinds)
+    _add_tokens(kinds)
     validate = _add_kind(kinds, "validate", run_validate, "counts, sizes and bad members of shards")
     validate.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="files or URLs, with braces or wildcards"
@@ -73,6 +75,41 @@ def _add_domains(kinds: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
 
 
+def _add_tokens(kinds: Any) -> None:
+    summary = "token ids of captioned pictures, encoded once for the training of stage 2"
+    parser = _add_kind(kinds, "tokens", run_tokens, summary)
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a .ckpt file of `v2flow fit`, or a folder of `v2flow export`",
+    )
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="SHARDS", help="captioned shards train-*, val-*, test-*"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="pictures at a time; default: 64"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
+    parser.add_argument(
+        "--allow-pipe", action="store_true", help="accept shards `pipe:COMMAND`, which run a shell command"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
+
+
+def _add_shapes(kinds: Any) -> None:
+    summary = "captioned scenes of coloured shapes; test captions name combinations that training never shows"
+    parser = _add_kind(kinds, "shapes", run_shapes, summary)
+    default = Path("data/shapes")
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: data/shapes")
+    for split, count in (("train", 20000), ("val", 1200), ("test", 1200)):
+        help = f"pictures in {split}; default: {count}"
+        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=help)
+    parser.add_argument("--size", type=int, default=32, metavar="PX", help="side of a picture; default: 32")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples; default: 0")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
+
+
 def _add_kind(kinds: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     description = f"{summary[0].upper()}{summary[1:]}."
     parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=description)
@@ -116,6 +153,28 @@ def run_domains(options: argparse.Namespace) -> None:
     _write(options.json, {"domains": {name: asdict(report) for name, report in reports.items()}})
     for name, report in reports.items():
         print(f"{name}: {report.patches} patches, {report.blank} blank ones left out: {options.out / name}")
+
+
+def run_tokens(options: argparse.Namespace) -> None:
+    """`v2flow data tokens`."""
+    from v2flow.data.tokens import build_tokens
+
+    counts = build_tokens(
+        options.checkpoint, options.data, options.out, options.batch_size, options.workers, options.allow_pipe
+    )
+    _write(options.json, {"samples": counts})
+    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
+
+
+def run_shapes(options: argparse.Namespace) -> None:
+    """`v2flow data shapes`."""
+    from v2flow.data.shapes import build_shapes
+
+    counts = build_shapes(
+        options.out, options.train, options.val, options.test, size=options.size, seed=options.seed
+    )
+    _write(options.json, {"samples": counts})
+    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
 
 
 def run_validate(options: argparse.Namespace) -> None:

@@ -4,6 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from v2flow.cli_evaluate import (
+    add_text_to_image_options,
+    is_text_to_image,
+    refuse_text_to_image_options,
+    run_evaluate_text_to_image,
+)
 from v2flow.errors import V2FlowError
 
 CHECKPOINT_HELP = "a .ckpt file of `v2flow fit`, or a folder of `v2flow export`"
@@ -52,13 +58,17 @@ def _add_verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.Argumen
 
 def _add_evaluate(verbs: Any) -> None:
     parser = _add_verb(
-        verbs, "evaluate", run_evaluate, "score reconstructions of shards, in all decode modes"
+        verbs,
+        "evaluate",
+        run_evaluate,
+        "score reconstructions of shards in all decode modes, or pictures of captions",
     )
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="SHARDS", help="tar files; brace globs are expanded"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and their protocol here")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 16 pictures, originals first")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 16 pictures, originals first; of "
+                        "captions the first 64")  # fmt: skip
     parser.add_argument(
         "--weights", nargs="+", choices=("ema", "raw"), default=["ema", "raw"], help="default: both"
     )
@@ -87,6 +97,7 @@ def _add_evaluate(verbs: Any) -> None:
                         "averaged weights: decoding, robustness, alignment, domains")  # fmt: skip
     parser.add_argument("--probe-limit", type=int, default=1000, metavar="N", help="the first N pictures for "
                         "each of them; default: 1000")  # fmt: skip
+    add_text_to_image_options(parser)
 
 
 def _add_decode_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +121,10 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """`v2flow evaluate`."""
+    if is_text_to_image(options.checkpoint):
+        run_evaluate_text_to_image(options)
+        return
+    refuse_text_to_image_options(options)
     from v2flow.evaluate import evaluate_checkpoint
 
     report = evaluate_checkpoint(

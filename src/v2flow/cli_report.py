@@ -38,9 +38,11 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     return "\n".join([*format_rows(rows), *lines, *notes])
 
 
-def format_rows(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+def format_rows(
+    rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]] = COLUMNS
+) -> list[str]:
     """Lines of a table, headings first; a figure that a row lacks is a dash."""
-    used = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows.values())}
+    used = {key: column for key, column in columns.items() if any(key in row for row in rows.values())}
     table = [["", *(heading for heading, _ in used.values())]]
     for name, row in rows.items():
         table.append(

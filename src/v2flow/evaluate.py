@@ -225,7 +225,9 @@ def evaluate_checkpoint(
             probed = run_probes(probes, model, loader_of_few, settings)
     floors = None
     if floors_train is not None:
-        train = evaluation_loader(floors_train, image_size_of(model), batch_size, None, num_workers, allow_pipe)
+        train = evaluation_loader(
+            floors_train, image_size_of(model), batch_size, None, num_workers, allow_pipe
+        )
         floors = data_floors(
             train, loader, features=features, inception_weights=inception_weights, device=place
         )

@@ -62,22 +62,32 @@ class PretrainedMixin(
         Raises:
             V2FlowError: neither of both, a damaged file, or another model's.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            try:
-                folder = Path(
-                    snapshot_download(
-                        str(pretrained_model_name_or_path), revision=revision, cache_dir=cache_dir,
-                        force_download=force_download, local_files_only=local_files_only, token=token,
-                    )
-                )  # fmt: skip
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise V2FlowError(
-                    f"{pretrained_model_name_or_path}: neither an exported folder nor a hub repository that can be "
-                    f"reached ({reason})"
-                ) from error
+        folder = local_folder(
+            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only, token=token,
+        )  # fmt: skip
         return load_folder(cls, folder).to(map_location)
+
+
+def local_folder(name: str | Path, **download: Any) -> Path:
+    """The folder `name`, or a local copy of the hub repository `name`.
+
+    Args:
+        download: options of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        V2FlowError: neither of both.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(name), **download))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise V2FlowError(
+            f"{name}: neither an exported folder nor a hub repository that can be reached ({reason})"
+        ) from error
 
 
 def load_folder(cls: Any, folder: Path) -> Any:

@@ -19,7 +19,7 @@ from v2flow.evaluate import FOLDER_MODES
 from v2flow.images import read_picture
 from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import psnr_per_image
-from v2flow.training.checkpoint import load_model
+from v2flow.training.checkpoint import load_model, read_checkpoint
 from v2flow.training.module import seeded_generator
 
 
@@ -135,8 +135,32 @@ def picture_psnr(original: Tensor, result: Tensor) -> float:
     return psnr_per_image(original[None], result[None]).item()
 
 
+def load_text_to_image_model(checkpoint: str) -> Any:
+    """The text-to-image model of a .ckpt file, an exported folder or a hub id, in evaluation mode on the CPU.
+
+    Raises:
+        V2FlowError: none of these, or the extra `t2i` is not installed.
+    """
+    from v2flow import V2FlowForTextToImage  # first: it says what is missing without the extra
+
+    if not Path(checkpoint).is_file():
+        return V2FlowForTextToImage.from_pretrained(checkpoint)
+    from v2flow.t2i.checkpoint import load_text_to_image
+
+    return load_text_to_image(checkpoint)
+
+
+def _is_text_to_image(checkpoint: str) -> bool:
+    """Whether a .ckpt file or a folder holds a text-to-image model."""
+    path = Path(checkpoint)
+    if not path.is_file():
+        return (path / "v2flow.json").is_file()
+    return bool(read_checkpoint(path)["v2flow"].get("model") == "V2FlowForTextToImage")
+
+
 def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) -> None:
-    """Writes the model of a checkpoint as a folder for `V2FlowTokenizer.from_pretrained`; all of it or nothing.
+    """Writes the model of a checkpoint as a folder for `from_pretrained` of `V2FlowTokenizer` or, with its LLM, of
+    `V2FlowForTextToImage`; all of it or nothing.
 
     Raises:
         V2FlowError: a folder that holds something, or a model without an exported form.
@@ -144,11 +168,18 @@ def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise V2FlowError(f"{folder}: expected a new or empty folder, found files; name another one")
     model: Any
-    model, info = load_model(checkpoint, weights)
-    if not hasattr(model, "save_pretrained"):
-        raise V2FlowError(
-            f"{checkpoint}: expected a V2FlowTokenizer, found a {info['model']}, which has no exported form"
-        )
+    if _is_text_to_image(checkpoint):
+        if weights != "ema":
+            raise V2FlowError(
+                f"option --weights: {checkpoint} is a text-to-image model and has one set of weights; leave it out"
+            )
+        model = load_text_to_image_model(checkpoint)
+    else:
+        model, info = load_model(checkpoint, weights)
+        if not hasattr(model, "save_pretrained"):
+            raise V2FlowError(
+                f"{checkpoint}: expected a V2FlowTokenizer, found a {info['model']}, which has no exported form"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

@@ -44,8 +44,8 @@ class PatchDiscriminator(nn.Sequential):
 class Adversary:
     """A discriminator that trains itself beside the model.
 
-    Lightning knows nothing of it: its steps are not counted in `global_step`, no gradient clipping, schedule, average or
-    DistributedDataParallel reaches it, and with that the model's own training stays automatic. All ranks start from the
+    Lightning knows nothing of it: its steps are not counted in `global_step`, and no gradient clipping, schedule,
+    average or DistributedDataParallel reaches it; so the model's own training stays automatic. All ranks start from the
     same weights and average their gradients, so they stay equal.
 
     Args:

@@ -1,5 +1,6 @@
 """Training of the baselines under Lightning."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +32,7 @@ class AutoencoderModule(ReconstructionModule):
     """
 
     def __init__(
-        self, kind: type[Autoencoder], autoencoder: AutoencoderConfig, optimizer: OptimizerConfig, seed: int,
+        self, kind: Callable[[Any], Autoencoder], autoencoder: AutoencoderConfig, optimizer: OptimizerConfig, seed: int,
         pixel_losses: PixelLossConfig,
     ) -> None:  # fmt: skip
         super().__init__(optimizer, seed)
@@ -50,7 +51,7 @@ class AutoencoderModule(ReconstructionModule):
         self._pixels: PixelLosses | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model: Autoencoder = kind(autoencoder)  # type: ignore[arg-type]
+            self.model: Autoencoder = kind(autoencoder)
 
     def setup(self, stage: str) -> None:
         self.model.follow_process_group()

@@ -17,8 +17,8 @@ class PixelLossConfig:
     perceptual: float = 0.0
     """Weight of the LPIPS distance (AlexNet) between pictures and reconstructions; needs its weights file."""
     adversarial: float = 0.0
-    """Weight of the adversarial loss, on top of the adaptive weight of VQGAN, which makes 1 mean: as strong as the other
-    losses."""
+    """Weight of the adversarial loss, on top of the adaptive weight of VQGAN, which makes 1 mean: as strong as the
+    other losses."""
     adversarial_start: int = 0
     """Training step at which the discriminator starts to learn and to be heard."""
     adversarial_ramp: int = 500

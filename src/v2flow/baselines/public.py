@@ -62,7 +62,7 @@ def diffusers_vq(path: str, image_size: int = 256) -> DiffusersVQ:
         model = VQModel.from_pretrained(where, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise V2FlowError(
-            f"{path}: no diffusers VQModel could be loaded ({str(error).splitlines()[0]}); expected a folder or a hub id "
-            "such as amused/amused-256/vqvae"
+            f"{path}: no diffusers VQModel could be loaded ({str(error).splitlines()[0]}); expected a folder or a hub "
+            "id such as amused/amused-256/vqvae"
         ) from error
     return DiffusersVQ(model.eval(), image_size)

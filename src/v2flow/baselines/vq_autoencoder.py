@@ -16,10 +16,10 @@ from v2flow.transformer import Transformer, grid_positions
 
 @dataclass
 class VQAutoencoderConfig(AutoencoderConfig):
-    """Everything that defines the baseline; the encoder's options are the resampler's, width and heads the decoder's."""
+    """Everything that defines the baseline; width and heads are the decoder's."""
 
     encoder: ResamplerConfig = field(default_factory=ResamplerConfig)
-    """Width, depth and token_grid; the options of the vocabulary's read-out have no place here."""
+    """The resampler's width, depth and token_grid; the options of the vocabulary's read-out have no place here."""
     depth: int = 4
     """Blocks of the decoder: as many as V2Flow's masked decoder has in its two halves."""
 

@@ -1,5 +1,6 @@
 """Whole batches as pure functions of a request: what a loader's workers run."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 
 from v2flow.data.decode import BadSampleError, decode_caption, decode_image, square_crop
 from v2flow.data.manifest import FIELDS
-from v2flow.data.order import ShuffledOrder, keyed_uniform
+from v2flow.data.order import LengthBucketedOrder, ShuffledOrder, keyed_uniform
 from v2flow.data.shards import ShardSet
 from v2flow.errors import V2FlowError
 
@@ -34,13 +35,13 @@ class Batch:
     """What a worker hands over.
 
     Attributes:
-        image: uint8 [B, 3, S, S].
+        tensors: by name, such as `image`, uint8 [B, 3, S, S]; see `Reader.stack`.
         valid: bool [B].
         bad: messages of samples that were skipped, by sample number.
         error: a mistake in the data that ends the run; the batch is empty then.
     """
 
-    image: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     caption: list[str] = field(default_factory=list)
     key: list[str] = field(default_factory=list)
     valid: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -48,41 +49,35 @@ class Batch:
     error: str | None = None
 
 
-class SampleReader:
-    """Reads, decodes and crops single samples.
+class Reader(ABC):
+    """Reads single samples: captions, and what a kind of shards holds beside them.
 
     Args:
         captions: whether a sample without caption is an error; else its caption is the empty string.
-        cache: keep decoded centre crops in memory, up to `CACHE_BYTES` in each process.
     """
 
-    def __init__(
-        self, shards: ShardSet, image_size: int, captions: bool = False, cache: bool = False
-    ) -> None:
+    def __init__(self, shards: ShardSet, captions: bool) -> None:
         self.shards = shards
-        self.image_size = image_size
         self.captions = captions
-        self._room = CACHE_BYTES if cache else 0
-        self._decoded: dict[int, np.ndarray] = {}
 
-    def image(self, sample: int, place: float = 0.5) -> np.ndarray:
-        """uint8 [S, S, 3]; see :func:`v2flow.data.decode.square_crop`.
+    @abstractmethod
+    def content(self, sample: int, place: float = 0.5) -> np.ndarray:
+        """What is learned of a sample.
+
+        Args:
+            place: where along the longer side of a picture it is cropped, in [0, 1].
 
         Raises:
-            BadSampleError: no picture, or one that cannot be decoded.
+            BadSampleError: there is nothing that can be used.
         """
-        picture = self._decoded.get(sample)
-        if picture is None:
-            data = self.shards.read(sample, _IMAGE)
-            if data is None:
-                raise BadSampleError(
-                    "no member jpg, jpeg, png or webp (does its file name have a second dot?)"
-                )
-            picture = square_crop(decode_image(data), self.image_size, place)
-            if self._room >= picture.nbytes:
-                self._decoded[sample] = picture
-                self._room -= picture.nbytes
-        return picture
+
+    @abstractmethod
+    def blank(self) -> np.ndarray:
+        """What stands for a sample that cannot be used."""
+
+    @abstractmethod
+    def stack(self, contents: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """The tensors of a batch, by name; uint8 stands for numbers in [0, 1]."""
 
     def caption(self, sample: int) -> str:
         """The caption.
@@ -103,15 +98,59 @@ class SampleReader:
             )
         return caption or ""
 
-    def batch(self, samples: Sequence[int], pictures: Sequence[np.ndarray], valid: np.ndarray) -> Batch:
-        """Collates decoded pictures with the captions and keys of their samples."""
-        stacked = np.stack(pictures).transpose(0, 3, 1, 2)
+    def batch(self, samples: Sequence[int], contents: Sequence[np.ndarray], valid: np.ndarray) -> Batch:
+        """Collates contents with the captions and keys of their samples."""
         return Batch(
-            torch.from_numpy(np.ascontiguousarray(stacked)),
+            self.stack(contents),
             [self.caption(sample) for sample in samples],
             [self.shards.key(sample) for sample in samples],
             torch.from_numpy(valid),
         )
+
+
+class SampleReader(Reader):
+    """Reads, decodes and crops pictures.
+
+    Args:
+        captions: see `Reader`.
+        cache: keep decoded centre crops in memory, up to `CACHE_BYTES` in each process.
+    """
+
+    def __init__(
+        self, shards: ShardSet, image_size: int, captions: bool = False, cache: bool = False
+    ) -> None:
+        super().__init__(shards, captions)
+        self.image_size = image_size
+        self._room = CACHE_BYTES if cache else 0
+        self._decoded: dict[int, np.ndarray] = {}
+
+    def content(self, sample: int, place: float = 0.5) -> np.ndarray:
+        """uint8 [S, S, 3]; see :func:`v2flow.data.decode.square_crop`.
+
+        Raises:
+            BadSampleError: no picture, or one that cannot be decoded.
+        """
+        picture = self._decoded.get(sample)
+        if picture is None:
+            data = self.shards.read(sample, _IMAGE)
+            if data is None:
+                raise BadSampleError(
+                    "no member jpg, jpeg, png or webp (does its file name have a second dot?)"
+                )
+            picture = square_crop(decode_image(data), self.image_size, place)
+            if self._room >= picture.nbytes:
+                self._decoded[sample] = picture
+                self._room -= picture.nbytes
+        return picture
+
+    def blank(self) -> np.ndarray:
+        """White, uint8 [S, S, 3]."""
+        return np.full((self.image_size, self.image_size, 3), 255, np.uint8)
+
+    def stack(self, contents: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """{"image": uint8 [B, 3, S, S]}."""
+        stacked = np.stack(contents).transpose(0, 3, 1, 2)
+        return {"image": torch.from_numpy(np.ascontiguousarray(stacked))}
 
 
 class TrainBatches(Dataset):
@@ -119,16 +158,21 @@ class TrainBatches(Dataset):
 
     Args:
         order: made anew in every process.
-        random_crop, flip: augmentations, drawn anew for each (seed, epoch, position).
+        random_crop, flip: augmentations of pictures, drawn anew for each (seed, epoch, position).
         max_bad: more bad samples than this in one batch end the run at once.
+        length_window: samples of the order that are sorted by the length of their captions, see
+            `LengthBucketedOrder`; 0 for none.
     """
 
-    def __init__(self, reader: SampleReader, seed: int, random_crop: bool, flip: bool, max_bad: int) -> None:
+    def __init__(
+        self, reader: Reader, seed: int, random_crop: bool, flip: bool, max_bad: int, length_window: int = 0
+    ) -> None:
         self.reader = reader
         self.seed = seed
         self.random_crop = random_crop
         self.flip = flip
         self.max_bad = max_bad
+        self.length_window = length_window
         self._order: ShuffledOrder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,7 +182,12 @@ class TrainBatches(Dataset):
     def order(self) -> ShuffledOrder:
         """The order of samples."""
         if self._order is None:
-            self._order = ShuffledOrder(self.reader.shards.sizes, self.seed)
+            shards = self.reader.shards
+            self._order = (
+                LengthBucketedOrder(shards.sizes, self.seed, shards.caption_bytes(), self.length_window)
+                if self.length_window
+                else ShuffledOrder(shards.sizes, self.seed)
+            )
         return self._order
 
     def __getitem__(self, request: Request) -> Batch:
@@ -152,14 +201,14 @@ class TrainBatches(Dataset):
         places = keyed_uniform(positions, self.seed, request.epoch, _CROP) if self.random_crop else None
         flips = keyed_uniform(positions, self.seed, request.epoch, _FLIP) < 0.5 if self.flip else None
         bad: dict[int, str] = {}
-        chosen, pictures = [], []
+        chosen, contents = [], []
         wanted = self.order.samples(request.epoch, request.first, request.first + request.count).tolist()
         for row, sample in enumerate(wanted):
             place = 0.5 if places is None else float(places[row])
-            sample, picture = self._first_good(request, int(positions[row]), sample, place, bad)
+            sample, content = self._first_good(request, int(positions[row]), sample, place, bad)
             chosen.append(sample)
-            pictures.append(picture[:, ::-1] if flips is not None and flips[row] else picture)
-        batch = self.reader.batch(chosen, pictures, np.ones(request.count, bool))
+            contents.append(content[:, ::-1] if flips is not None and flips[row] else content)
+        batch = self.reader.batch(chosen, contents, np.ones(request.count, bool))
         batch.bad = bad
         return batch
 
@@ -169,7 +218,7 @@ class TrainBatches(Dataset):
         """The sample at a position, or the next one of the epoch (from its end on, of its start) that decodes."""
         while True:
             try:
-                return sample, self.reader.image(sample, place)
+                return sample, self.reader.content(sample, place)
             except BadSampleError as error:
                 bad[sample] = f"{self.reader.shards.where(sample)}: {error}"
             if len(bad) > min(self.max_bad, len(self.order) - 1):
@@ -181,10 +230,10 @@ class TrainBatches(Dataset):
 class EvaluationBatches(Dataset):
     """Batches of the first `count` samples in their own order: centre crop, no flip.
 
-    Positions from `count` on are padding, with the last picture again; it and undecodable samples are not `valid`.
+    Positions from `count` on are padding, with the last sample again; it and undecodable samples are not `valid`.
     """
 
-    def __init__(self, reader: SampleReader, count: int) -> None:
+    def __init__(self, reader: Reader, count: int) -> None:
         self.reader = reader
         self.count = count
 
@@ -199,19 +248,19 @@ class EvaluationBatches(Dataset):
         valid = positions < self.count
         samples = np.minimum(positions, self.count - 1).tolist()
         bad: dict[int, str] = {}
-        pictures: list[np.ndarray] = []
+        contents: list[np.ndarray] = []
         for row, sample in enumerate(samples):
-            if sample in bad or (not valid[row] and pictures):
+            if sample in bad or (not valid[row] and contents):
                 valid[row] = False
-                pictures.append(pictures[-1])
+                contents.append(contents[-1])
                 continue
             try:
-                pictures.append(self.reader.image(sample))
+                contents.append(self.reader.content(sample))
             except BadSampleError as error:
                 bad[sample] = f"{self.reader.shards.where(sample)}: {error}"
                 valid[row] = False
-                pictures.append(np.full((self.reader.image_size,) * 2 + (3,), 255, np.uint8))
-        batch = self.reader.batch(samples, pictures, valid)
+                contents.append(self.reader.blank())
+        batch = self.reader.batch(samples, contents, valid)
         batch.bad = bad
         return batch
 

@@ -69,12 +69,16 @@ class _Workers:
 
 
 def _as_dict(batch: Batch) -> dict[str, Any]:
-    image = batch.image.float().div_(255.0)
-    return {"image": image, "caption": batch.caption, "key": batch.key}
+    tensors = {
+        name: tensor.float().div_(255.0) if tensor.dtype == torch.uint8 else tensor
+        for name, tensor in batch.tensors.items()
+    }
+    return {**tensors, "caption": batch.caption, "key": batch.key}
 
 
 class TrainLoader:
-    """One rank's batches {"image": fp32 [B, 3, S, S] in [0, 1], "caption": B strings, "key": B strings}.
+    """One rank's batches {"image": fp32 [B, 3, S, S] in [0, 1], "caption": B strings, "key": B strings}, or of other
+    tensors than pictures, as the reader stacks them.
 
     Global batch i of an epoch is positions i·G … (i+1)·G-1 of its order, G = batch_size · ranks; rank r has the
     r-th part. The last, partial global batch is dropped. The state is (seed, epoch, samples consumed by all

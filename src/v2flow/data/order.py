@@ -111,3 +111,42 @@ class ShuffledOrder:
         spans = [np.arange(self._starts[b], self._starts[b] + self._sizes[b]) for b in chosen]
         samples = np.concatenate(spans)
         return samples[keyed_permutation(len(samples), self.seed, epoch, 1 + window)]
+
+
+BUCKETS = 8
+"""Parts into which a window of samples is cut after it was sorted by length."""
+
+
+class LengthBucketedOrder(ShuffledOrder):
+    """A shuffled order in which neighbours have captions of about the same length, so that batches need little padding.
+
+    Each window of an epoch's positions is sorted by length and cut into `BUCKETS` parts, which are then permuted. All
+    samples of a batch come from one part if the global batch divides an eighth of the window.
+
+    Args:
+        shard_sizes, seed: see `ShuffledOrder`.
+        lengths: of each sample, [n], in any unit.
+        window: positions that are sorted together.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, lengths: np.ndarray, window: int) -> None:
+        super().__init__(shard_sizes, seed)
+        self._lengths = lengths
+        self._size = window
+        self._sorted = lru_cache(4)(self._sort)
+
+    def samples(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Sample numbers at positions start … stop-1 of an epoch, int64 [stop - start]."""
+        parts = []
+        for window in range(start // self._size, -(-stop // self._size)):
+            low = window * self._size
+            parts.append(self._sorted(epoch, window)[max(start - low, 0) : stop - low])
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _sort(self, epoch: int, window: int) -> np.ndarray:
+        low = window * self._size
+        samples = super().samples(epoch, low, min(low + self._size, len(self)))
+        ordered = samples[np.argsort(self._lengths[samples], kind="stable")]
+        buckets = np.array_split(ordered, BUCKETS)
+        # Windows of blocks have keys from 1 on; those of lengths are told apart by one more integer.
+        return np.concatenate([buckets[i] for i in keyed_permutation(BUCKETS, self.seed, epoch, window, 1)])

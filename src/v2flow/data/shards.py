@@ -21,6 +21,7 @@ from webdataset.gopen import gopen
 
 from v2flow.data.http import HttpStream, fetch_text, probe, register_openers
 from v2flow.data.manifest import (
+    FIELDS,
     MANIFEST,
     ShardIndex,
     cached_index,
@@ -174,6 +175,11 @@ class ShardSet:
         """Samples that have none of the fields."""
         for first, shard in zip(self._edges, self.shards, strict=False):
             yield from (int(first) + int(row) for row in np.flatnonzero(shard.index.missing(*fields)))
+
+    def caption_bytes(self) -> np.ndarray:
+        """Bytes of each sample's member txt, int64 [n], 0 without one; nothing is read for it."""
+        sizes = [np.maximum(shard.index.members[:, FIELDS.index("txt"), 1], 0) for shard in self.shards]
+        return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
 
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)

@@ -45,9 +45,7 @@ def image_loss(
     hidden = run(model, rows, batch)
     states = hidden[:, -num_tokens - 2 : -1].flatten(0, 1)
     targets = batch.ids[:, -num_tokens - 1 :].flatten()
-    negative = F.cross_entropy(
-        rows.visual_logits(model, states), targets - rows.tokens.boi, reduction="none"
-    )
+    negative = F.cross_entropy(rows.visual_logits(model, states), targets - rows.tokens.boi, reduction="none")
     visual, text_mass, total = negative.detach().mean(), negative.new_zeros(()), negative.mean()
     count = round(full_share * len(targets))
     if count:

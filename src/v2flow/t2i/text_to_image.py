@@ -1,20 +1,27 @@
 """V2FlowForTextToImage: a frozen V2Flow tokenizer and an LLM that speaks its visual tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
 from v2flow.t2i.extension import VisualTokens
+from v2flow.t2i.generation import generate_ids, generation_options
+from v2flow.t2i.hub import PretrainedTextToImage
 from v2flow.t2i.image_loss import ImageLoss, image_log_likelihood, image_loss
 from v2flow.t2i.sequences import caption_ids, join
 from v2flow.t2i.visual_rows import VisualRows
 from v2flow.tokenizer import V2FlowTokenizer, check_ids
 
+MEAN = {"steps": 1, "temperature": 0.0}
+"""How ids become pictures unless the user says otherwise: the conditional mean, as for an exported tokenizer."""
 
-class V2FlowForTextToImage(nn.Module):
+
+class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
     """Captions to pictures by next-token prediction (paper section 3.4).
 
     Args:
@@ -49,8 +56,8 @@ class V2FlowForTextToImage(nn.Module):
         needed = max_caption + tokenizer.num_tokens + 2
         if context is not None and needed > context:
             raise V2FlowError(
-                f"option max_caption: {max_caption} caption ids and {tokenizer.num_tokens} visual tokens need a context of "
-                f"{needed}, found an LLM with {context}; lower max_caption or use fewer tokens a picture"
+                f"option max_caption: {max_caption} caption ids and {tokenizer.num_tokens} visual tokens need a "
+                f"context of {needed}, found an LLM with {context}; lower max_caption or use fewer tokens a picture"
             )
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.llm: Any = llm
@@ -87,3 +94,28 @@ class V2FlowForTextToImage(nn.Module):
         check_ids(ids, self.num_tokens, self.tokens.num_visual)
         batch = join(self.caption_ids(captions), self.tokens, ids.to(self.device))
         return image_log_likelihood(self.llm, self.rows, batch, self.num_tokens)
+
+    @torch.no_grad()
+    def generate(
+        self, captions: Sequence[str], *, decode: Mapping[str, Any] | None = None, batch_size: int = 16,
+        generator: torch.Generator | None = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Pictures `[B, 3, H, W]` in [0, 1], on the CPU, of any number of captions.
+
+        Args:
+            decode: fields of `DecodeOptions` for turning ids into pictures; by default one step without noise.
+            batch_size: captions at a time. The ids do not depend on it; the decoder's noise, where there is any, does.
+            generator: source of every draw; seed it to repeat the pictures.
+            options: fields of `GenerationOptions`: temperature, top_k, top_p and guidance of the ids.
+
+        Raises:
+            V2FlowError: an empty or too long caption, or an option that is unknown or out of range.
+        """
+        drawn = asdict(generation_options(options))
+        settings = asdict(
+            decode_options(dict(MEAN if decode is None else decode))
+        )  # refused before the LLM runs
+        ids = generate_ids(self, captions, batch_size=batch_size, generator=generator, **drawn)
+        return torch.cat(
+            [self.tokenizer.decode(part, generator, **settings).cpu() for part in ids.split(batch_size)]
+        )

@@ -1,4 +1,4 @@
-"""What every tokenizer's LightningModule shares: optimiser, clock, random draws, what a checkpoint says of itself."""
+"""What every LightningModule shares: optimiser, clock, random draws, what a checkpoint says of itself."""
 
 from typing import Any
 
@@ -34,16 +34,18 @@ def valid_images(batch: dict[str, Any]) -> Tensor:
     return images[valid] if bool(valid.any()) else images[:1]
 
 
-class ReconstructionModule(LightningModule):
-    """Base of the modules that train something with `encode` and `decode`.
+class SeededModule(LightningModule):
+    """Base of all modules: a clock in optimiser steps, draws that depend on (seed, step, batch, rank), AdamW, and
+    checkpoints that say what they belong to.
 
     Attributes:
-        model: the tokenizer itself; has `encode(images)`, `decode(ids, …)`, `codebook_size`, `num_tokens`.
-        decode_modes: name of a way to decode -> keyword arguments of `model.decode`.
+        model: what is trained.
+        free_options: names of entries of `describe` that may change at a resume: where things lie or how memory is
+            used, not what the weights mean.
     """
 
     model: nn.Module
-    decode_modes: dict[str, dict[str, Any]]
+    free_options: frozenset[str] = frozenset()
 
     def __init__(self, optimizer: OptimizerConfig, seed: int) -> None:
         super().__init__()
@@ -64,6 +66,46 @@ class ReconstructionModule(LightningModule):
         for name, value in terms.items():
             self.log(f"{stage}/{name}", value.detach(), batch_size=batch_size, prog_bar=name == "loss",
                      sync_dist=stage != "train")  # fmt: skip
+
+    def configure_optimizers(self) -> Any:
+        return configure_adamw(self.model, self.optimizer_config)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that rebuild the model from a checkpoint, and the hashes of what the checkpoint leaves out."""
+        raise NotImplementedError
+
+    def initialise_from(self, path: str) -> None:
+        """Take the weights of a checkpoint or exported folder (`--init-from`), and nothing else of it."""
+        from v2flow.training.checkpoint import initialise_from
+
+        initialise_from(self.model, path)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["v2flow"] = self.describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved, own = checkpoint.get("v2flow"), self.describe()
+        if saved is None:
+            raise V2FlowError(
+                "checkpoint: not one of v2flow's (no entry 'v2flow'); expected a file made by `v2flow fit`"
+            )
+        difference = _first_difference("", saved, own, self.free_options)
+        if difference is not None:
+            raise V2FlowError(f"checkpoint: {difference}; resume with the same experiment")
+
+
+class ReconstructionModule(SeededModule):
+    """Base of the modules that train something with `encode` and `decode`.
+
+    Attributes:
+        model: the tokenizer itself; has `encode(images)`, `decode(ids, …)`, `codebook_size`, `num_tokens`.
+        decode_modes: name of a way to decode -> keyword arguments of `model.decode`.
+    """
+
+    decode_modes: dict[str, dict[str, Any]]
+    free_options = frozenset(
+        {"config.codec.path", "config.vocabulary.source", "config.decoder.checkpointing"}
+    )
 
     def training_stages(self) -> dict[str, tuple[float, float]]:
         """Kinds of training steps, and the shares of the training between which steps are of that kind."""
@@ -99,9 +141,6 @@ class ReconstructionModule(LightningModule):
         images = valid_images(batch)
         self.log_losses(self.evaluation_losses(images, batch_idx), "test", len(images))
 
-    def configure_optimizers(self) -> Any:
-        return configure_adamw(self.model, self.optimizer_config)
-
     def describe(self) -> dict[str, Any]:
         """Plain values that rebuild the model from a checkpoint, and the hashes of what the checkpoint leaves out."""
         model: Any = self.model
@@ -112,28 +151,17 @@ class ReconstructionModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["v2flow"] = self.describe() | {"decode_modes": self.decode_modes}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, own = checkpoint.get("v2flow"), self.describe()
-        if saved is None:
-            raise V2FlowError(
-                "checkpoint: not one of v2flow's (no entry 'v2flow'); expected a file made by `v2flow fit`"
-            )
-        difference = _first_difference("", saved, own)
-        if difference is not None:
-            raise V2FlowError(f"checkpoint: {difference}; resume with the same experiment")
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["v2flow"]["decode_modes"] = self.decode_modes
 
 
-# Options that say where things lie or how memory is used, not what the weights mean.
-_FREE = {"config.codec.path", "config.vocabulary.source", "config.decoder.checkpointing"}
-
-
-def _first_difference(name: str, saved: Any, own: Any) -> str | None:
+def _first_difference(name: str, saved: Any, own: Any, free: frozenset[str]) -> str | None:
     """The first option of this experiment that the checkpoint was not trained with."""
-    if name in _FREE or saved == own:
+    if name in free or saved == own:
         return None
     if isinstance(saved, dict) and isinstance(own, dict):
-        inner = (_first_difference(f"{name}.{key}".lstrip("."), saved.get(key), own[key]) for key in own)
+        inner = (
+            _first_difference(f"{name}.{key}".lstrip("."), saved.get(key), own[key], free) for key in own
+        )
         return next((found for found in inner if found is not None), None)
     return f"{name} is {saved!r} in the checkpoint and {own!r} in this experiment"

@@ -1,0 +1,227 @@
+"""Shards of visual token ids: the pictures of captioned shards, encoded once for the training of stage 2.
+
+Samples are KEY.txt, the caption, and KEY.json: what the pictures' own json says (such as a scene) and `ids`. There
+are no flipped copies: captions say left and right. The manifest names the tokenizer.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from v2flow.data.batches import EvaluationBatches, Reader, SampleReader
+from v2flow.data.http import fetch_text
+from v2flow.data.loaders import EvaluationLoader
+from v2flow.data.manifest import FIELDS, MANIFEST, read_manifest
+from v2flow.data.shards import Shards, ShardSet, open_shards
+from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
+from v2flow.errors import V2FlowError
+from v2flow.fingerprint import tokenizer_sha256
+
+_JSON = FIELDS.index("json")
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """The tokenizer that token shards belong to.
+
+    Attributes:
+        tokenizer_sha256: see `v2flow.fingerprint.tokenizer_sha256`.
+        codebook_size: ids are in [0, codebook_size).
+        num_tokens: ids a picture.
+    """
+
+    tokenizer_sha256: str
+    codebook_size: int
+    num_tokens: int
+
+
+def source_of(tokenizer: Any) -> TokenSource:
+    """What shards of this tokenizer's ids say of it."""
+    return TokenSource(tokenizer_sha256(tokenizer), tokenizer.codebook_size, tokenizer.num_tokens)
+
+
+class TokenReader(Reader):
+    """Reads the ids of token shards; captions are required."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        super().__init__(shards, captions=True)
+
+    def content(self, sample: int, place: float = 0.5) -> np.ndarray:
+        """Ids, int64 [N].
+
+        Raises:
+            V2FlowError: the sample has none.
+        """
+        text = self.shards.read(sample, _JSON)
+        try:
+            ids = np.asarray(json.loads(text or b"{}")["ids"])
+            if ids.ndim != 1 or ids.dtype.kind != "i" or not len(ids):
+                raise ValueError(f"{ids.dtype} {ids.shape}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise V2FlowError(
+                f"{self.shards.where(sample)}: expected a member json with a list of integers 'ids', found none "
+                f"({error}); build token shards with `v2flow data tokens`"
+            ) from error
+        return ids.astype(np.int64)
+
+    def blank(self) -> np.ndarray:
+        raise NotImplementedError("a sample without ids is an error")
+
+    def stack(self, contents: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """{"ids": int64 [B, N]}.
+
+        Raises:
+            V2FlowError: samples with different numbers of ids.
+        """
+        counts = sorted({len(ids) for ids in contents})
+        if len(counts) > 1:
+            raise V2FlowError(
+                f"token shards: expected the same number of ids in every sample, found {counts[0]} and {counts[-1]}; "
+                "do not mix shards of different tokenizers"
+            )
+        return {"ids": torch.from_numpy(np.stack(contents))}
+
+
+def check_source(shards: ShardSet, expected: TokenSource) -> None:
+    """Refuse token shards of another tokenizer, as far as their manifests say; shards without one pass.
+
+    Raises:
+        V2FlowError: what differs.
+    """
+    for folder in sorted({_parent(shard.name) for shard in shards.shards if "pipe:" not in shard.name}):
+        build = _build_of(folder)
+        if build is None:
+            continue
+        if build.get("kind") != "tokens":
+            raise V2FlowError(
+                f"{folder}: expected shards of token ids, found {build.get('kind')!r}; build them with "
+                "`v2flow data tokens`"
+            )
+        for name, what in _NAMES.items():
+            found, wanted = (str(value)[:12] for value in (build.get(name), getattr(expected, name)))
+            if found != wanted:
+                raise V2FlowError(
+                    f"{folder}: {what} {found} in the shards and {wanted} in the tokenizer checkpoint; name the "
+                    "tokenizer that encoded them, or encode the pictures again with `v2flow data tokens`"
+                )
+
+
+_NAMES = {
+    "codebook_size": "the codebook size K is",
+    "num_tokens": "the number of tokens a picture N is",
+    "tokenizer_sha256": "ids of another tokenizer: its SHA-256 is",
+}
+
+
+def _parent(name: str) -> str:
+    return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
+
+
+def _build_of(folder: str) -> dict[str, Any] | None:
+    """How the shards of a folder were built; None without a manifest."""
+    place = f"{folder}/{MANIFEST}"
+    if "://" in folder:
+        text = fetch_text(place)
+    else:
+        text = Path(place).read_text(errors="replace") if Path(place).is_file() else None
+    return None if text is None else read_manifest(text, place)[0]
+
+
+def build_tokens(
+    checkpoint: str,
+    shards: Shards,
+    out: str | Path,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    allow_pipe: bool = False,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of token ids into `out`, unless they are there.
+
+    Args:
+        checkpoint: a V2Flow tokenizer: a .ckpt file, whose averaged weights are taken, or an exported folder.
+        shards: captioned pictures; the names of their files begin with their split: `train-`, `val-` or `test-`.
+        out: folder of the token shards.
+        batch_size: pictures at a time; the ids do not depend on it.
+        num_workers: processes that decode pictures.
+        allow_pipe: accept shards `pipe:COMMAND`.
+        progress: show a progress bar.
+
+    Returns:
+        Samples by split.
+
+    Raises:
+        V2FlowError: not a V2Flow tokenizer, a shard of no known split, a sample without caption or picture, or `out`
+            holds shards of other settings.
+    """
+    from v2flow.tokenizer import V2FlowTokenizer
+    from v2flow.training.checkpoint import load_model
+
+    tokenizer, info = load_model(checkpoint)
+    if not isinstance(tokenizer, V2FlowTokenizer):
+        raise V2FlowError(
+            f"{checkpoint}: expected a V2FlowTokenizer, found a {info['model']}, whose tokens lie in no LLM's space"
+        )
+    opened = open_shards(shards, allow_pipe)
+    build = {"kind": "tokens", **asdict(source_of(tokenizer)), "pictures_sha256": _pictures_sha256(opened)}
+    splits = [_split_of(shard.name) for shard in opened.shards]
+    finished = finished_build(Path(out), build)
+    if finished is not None:
+        return finished
+    tokenizer = tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+    reader = SampleReader(opened, tokenizer.config.image_size, captions=True)
+    loader = EvaluationLoader(EvaluationBatches(reader, len(opened)), batch_size, num_workers)
+    return write_shards(Path(out), _samples(tokenizer, opened, splits, loader, progress), build)
+
+
+def _samples(
+    tokenizer: Any, shards: ShardSet, splits: Sequence[str], loader: EvaluationLoader, progress: bool
+) -> Iterator[Sample]:
+    sample = 0
+    with tqdm(
+        desc="encode", total=len(shards), unit="picture", disable=not progress, delay=2.0, leave=False
+    ) as bar:
+        for batch in loader:
+            ids = tokenizer.encode(batch["image"].to(tokenizer.visual_vocabulary.codes.device)).cpu()
+            count = int(batch["valid"].sum())  # padding is at the end; no other sample is invalid
+            for row in range(count):
+                text = shards.read(sample, _JSON)
+                members = {
+                    "txt": batch["caption"][row].encode(),
+                    "json": _with_ids(text, ids[row].tolist(), shards.where(sample)),
+                }
+                yield Sample(splits[shards.locate(sample)[0]], batch["key"][row], members)
+                sample += 1
+            bar.update(count)
+
+
+def _with_ids(text: bytes | None, ids: list[int], where: str) -> bytes:
+    try:
+        facts = json.loads(text) if text is not None else {}
+        return json.dumps({**facts, "ids": ids}, separators=(",", ":")).encode()
+    except (ValueError, TypeError) as error:
+        raise V2FlowError(f"{where}: expected a member json with an object, found something else") from error
+
+
+def _split_of(name: str) -> str:
+    split = Path(name).name.partition("-")[0]
+    if split not in SPLITS:
+        raise V2FlowError(
+            f"{name}: expected a shard named {', '.join(f'{s}-*' for s in SPLITS)}, found none of them; rename it"
+        )
+    return split
+
+
+def _pictures_sha256(shards: ShardSet) -> str:
+    digest = hashlib.sha256()
+    for shard in shards.shards:
+        digest.update(f"{Path(shard.name).name} {shard.index.size}\n".encode())
+        digest.update(shard.index.keys.tobytes() + shard.index.members.tobytes())
+    return digest.hexdigest()

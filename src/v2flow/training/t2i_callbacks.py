@@ -1,0 +1,208 @@
+"""Lightning callback that scores a text-to-image model at every validation, and with everything at the end."""
+
+from typing import Any, Optional
+
+from lightning.pytorch import Callback, Trainer
+
+from v2flow.errors import V2FlowError
+from v2flow.metrics.files import append_json_line, write_json
+from v2flow.metrics.scene_verifier import score_scenes
+from v2flow.t2i.generation import GenerationOptions
+from v2flow.t2i.metrics.evaluation import TextToImageEvaluation, evaluate_text_to_image
+from v2flow.t2i.metrics.language import perplexity
+from v2flow.t2i.metrics.retrieval import retrieval_accuracy
+from v2flow.t2i.metrics.rows import Drawing
+from v2flow.t2i.metrics.samples import CaptionedSamples, read_samples
+from v2flow.t2i.metrics.training_set import open_training_set
+from v2flow.training.metric_callbacks import (
+    _checkpoints,
+    _describe_data,
+    _dry_run,
+    _scored_checkpoint,
+    averaged_weights,
+    log_directory,
+)
+
+
+class TextToImageCallback(Callback):
+    """Logs retrieval and the shapes score; at the end of the fit writes metrics.json, grid.png and grid.txt.
+
+    At every validation, and under `test/` in `v2flow test`: `val/retrieval` (with `val/retrieval_se`), and with
+    `shapes_pictures` `val/shapes/TASK` and `val/shapes/overall` of the first captions; a validation's figures are also
+    a line of LOGDIR/validation.jsonl. When training ends, the validation shards are scored by the code of `v2flow
+    evaluate`, with the averaged weights if a weight-averaging callback is there, beside ids drawn from the marginal of
+    the training shards. Every rank computes the same; sanity checking is skipped; fast_dev_run leaves no files.
+
+    Args:
+        retrieval_pictures: pictures of the validation shards whose captions are to be found at each validation.
+        ways: captions among which they are to be found.
+        shapes_pictures: captions that are drawn and verified at each validation; 0 for none. Needs scenes.
+        final_pictures: captions that are drawn at the end.
+        final_retrieval_pictures: pictures whose captions are to be found at the end.
+        final_features: feature distances and CLIPScore at the end.
+        sampling: how visual tokens are drawn.
+        batch_size: captions drawn at a time.
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        retrieval_pictures: int = 64,
+        ways: int = 16,
+        shapes_pictures: int = 0,
+        final_pictures: int = 256,
+        final_retrieval_pictures: int = 256,
+        final_features: bool = True,
+        sampling: GenerationOptions = GenerationOptions(),
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("retrieval_pictures", retrieval_pictures, 1),
+            ("ways", ways, 2),
+            ("shapes_pictures", shapes_pictures, 0),
+            ("final_pictures", final_pictures, 1),
+            ("final_retrieval_pictures", final_retrieval_pictures, 1),
+        ):
+            if value < least:
+                raise V2FlowError(f"option {name}: expected at least {least}, found {value}")
+        self.retrieval_pictures = retrieval_pictures
+        self.ways = ways
+        self.shapes_pictures = shapes_pictures
+        self.final_pictures = final_pictures
+        self.final_retrieval_pictures = final_retrieval_pictures
+        self.final_features = final_features
+        self.drawing = Drawing(vars(sampling), batch_size=batch_size, seed=seed)
+        self._samples: dict[str, CaptionedSamples] = {}
+        self._figures: Optional[dict[str, float]] = None
+        self._perplexity_before: Optional[float] = None
+        self._result: Optional[TextToImageEvaluation] = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The LLM's perplexity before the training, which a resumed run cannot measure."""
+        return {"perplexity_before": self._perplexity_before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._perplexity_before = state_dict["perplexity_before"]
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuses what cannot be scored before any work is done.
+
+        Raises:
+            V2FlowError: no data module with shards, too few groups of captions, or no scenes where they are needed.
+        """
+        self._samples, self._result = {}, None
+        split = {"fit": "val", "validate": "val", "test": "test"}.get(stage)
+        data: Any = getattr(trainer, "datamodule", None)
+        if split is None or (stage == "fit" and data is not None and data.val is None):
+            return
+        if getattr(data, split, None) is None:
+            raise V2FlowError(
+                f"callback TextToImageCallback: expected a data module with {split} shards, found none; name them "
+                f"in data.{split}"
+            )
+        samples = read_samples(
+            getattr(data, split), pl_module.model.tokenizer, limit=getattr(data, f"{split}_limit"),
+            num_workers=data.num_workers, allow_pipe=data.allow_pipe,
+        )  # fmt: skip
+        if self.shapes_pictures and samples.scenes is None:
+            raise V2FlowError(
+                f"option shapes_pictures: expected scenes of `v2flow data shapes` in data.{split}, found other "
+                "samples; set it to 0"
+            )
+        groups = len(set(samples.groups))
+        if groups < self.ways:
+            raise V2FlowError(
+                f"option ways: expected at most {groups}, the groups of captions in data.{split}, found {self.ways}"
+            )
+        self._samples = {split: samples}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measures the LLM's language before the training."""
+        if self._samples and trainer.global_step == 0 and not _dry_run(trainer):
+            self._perplexity_before = perplexity(pl_module.model)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Scores once a validation, while averaged weights, if any, are swapped in."""
+        if batch_idx == 0 and not trainer.sanity_checking and "val" in self._samples:
+            self._figures = self._score(pl_module.model, self._samples["val"])
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Scores once a test."""
+        if batch_idx == 0 and "test" in self._samples:
+            self._figures = self._score(pl_module.model, self._samples["test"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Logs the figures."""
+        self._log("val", trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Logs the figures."""
+        self._log("test", trainer, pl_module)
+
+    def _score(self, model: Any, samples: CaptionedSamples) -> dict[str, float]:
+        found = retrieval_accuracy(model, samples, self.ways, self.drawing.seed, self.retrieval_pictures)
+        figures = {"retrieval": found["accuracy"], "retrieval_se": found["accuracy_se"]}
+        if self.shapes_pictures and samples.scenes is not None:
+            few = samples.first(self.shapes_pictures)
+            scores = score_scenes(self.drawing.draw(model, few.captions), few.scenes or [])
+            figures |= {f"shapes/{task}": score for task, score in scores.items()}
+        return figures
+
+    def _log(self, stage: str, trainer: Trainer, pl_module: Any) -> None:
+        if self._figures is None:
+            return
+        for name, value in self._figures.items():
+            # Equal on every rank: the synchronising mean changes nothing.
+            pl_module.log(
+                f"{stage}/{name}", value, prog_bar=name == "retrieval", sync_dist=True, batch_size=1
+            )
+        directory = log_directory(trainer)
+        if stage == "val" and trainer.is_global_zero and not _dry_run(trainer):
+            append_json_line(directory / "validation.jsonl", {"step": trainer.global_step} | self._figures)
+        self._figures = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Scores everything while the model is still on its device."""
+        if _dry_run(trainer) or "val" not in self._samples:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        model = pl_module.model
+        with averaged_weights(trainer, pl_module) as weights:
+            self._result = evaluate_text_to_image(
+                model,
+                self._samples["val"],
+                pictures=self.final_pictures,
+                retrieval_pictures=self.final_retrieval_pictures,
+                ways=self.ways,
+                drawing=self.drawing,
+                features=self.final_features,
+                training=open_training_set(data.train, model.tokenizer, data.num_workers, data.allow_pipe),
+                perplexity_before=self._perplexity_before,
+                protocol=_describe_data(trainer) | {"weights": weights},
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Writes the files and says where everything lies: now the last checkpoint has its name."""
+        directory = log_directory(trainer)
+        if self._result is None or not trainer.is_global_zero:
+            return
+        places = _checkpoints(trainer)
+        head = {
+            "checkpoint": _scored_checkpoint(trainer),
+            "model": type(pl_module.model).__name__,
+            "step": trainer.global_step,
+        }
+        places["metrics"] = str(directory / "metrics.json")
+        write_json(places["metrics"], head | self._result.report)
+        places["grid"] = str(directory / "grid.png")
+        self._result.save_grid(places["grid"])
+        print("v2flow: " + ", ".join(f"{name} {path}" for name, path in places.items()))

@@ -1,0 +1,178 @@
+"""Training of stage 2 under Lightning: an LLM learns to write the visual tokens of captions."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from v2flow.config import to_dict
+from v2flow.data.tokens import source_of
+from v2flow.errors import V2FlowError
+from v2flow.fingerprint import language_model_sha256
+from v2flow.t2i.build import build_text_to_image
+from v2flow.t2i.config import TextToImageConfig
+from v2flow.t2i.image_loss import image_loss
+from v2flow.t2i.sequences import join
+from v2flow.t2i.small_llm import PREFIX, backend_text
+from v2flow.t2i.text_loss import caption_loss, text_perplexity
+from v2flow.t2i.text_to_image import V2FlowForTextToImage
+from v2flow.tokenizer import check_ids
+from v2flow.training.frozen import leave_out_frozen, trained_names
+from v2flow.training.module import SeededModule, seeded_generator
+from v2flow.training.optimizer import OptimizerConfig
+from v2flow.training.sharding import shard_text_to_image
+from v2flow.training.token_data_module import TokenDataModule
+
+_MEAN_ONLY = {"one_step": {"steps": 1, "temperature": 0.0}}
+
+
+class TextToImageModule(SeededModule):
+    """Trains captions -> visual tokens by next-token prediction (paper section 3.4); the tokenizer is frozen.
+
+    A checkpoint holds what learns. Tokenizer and LLM are named in it, with SHA-256, and loaded again.
+
+    Args:
+        text_to_image: what the model is made of and what of it learns.
+        optimizer: AdamW and its schedule.
+        seed: of every random draw of the training.
+    """
+
+    # Where things lie and how memory is used; hashes say what they are.
+    free_options = frozenset(
+        f"config.{name}" for name in ("tokenizer", "llm", "pictures", "words_pictures", "checkpointing")
+    )
+
+    def __init__(
+        self,
+        text_to_image: TextToImageConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        self.config = text_to_image
+        self.decode_modes: dict[str, dict[str, Any]] = _MEAN_ONLY
+        self.model: V2FlowForTextToImage = build_text_to_image(text_to_image)
+        self.source = source_of(self.model.tokenizer)
+        self._llm_sha256 = language_model_sha256(self.model.llm)
+        self.model.train()  # for adapters and recomputation: the tokenizer has no part in training
+        leave_out_frozen(self)
+
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy, shares what learns out over the ranks."""
+        if self.device_mesh is not None:
+            shard_text_to_image(self.model, self.device_mesh["data_parallel"])
+
+    def setup(self, stage: str) -> None:
+        """Refuse token shards of another tokenizer, and captions that are too long, before anything is trained.
+
+        Raises:
+            V2FlowError: see `TokenDataModule.check` and `V2FlowForTextToImage.caption_ids`.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TokenDataModule):
+            return
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
+            if getattr(data, split) is None:
+                continue
+            data.check(split, self.source)
+            for where, caption in data.longest_captions(split).items():
+                try:
+                    self.model.caption_ids([caption])
+                except V2FlowError as error:
+                    raise V2FlowError(f"{where}: {error} (option text_to_image.max_caption)") from error
+
+    def on_fit_start(self) -> None:
+        """The LLM's language before the training."""
+        if self.global_step == 0 and not getattr(self.trainer, "fast_dev_run", False):
+            found = self._perplexity()
+            rank_zero_info(f"text perplexity before the training: {found:.1f}")
+            for logger in self.loggers:
+                logger.log_metrics({"val/text_perplexity": found}, step=0)
+
+    def _perplexity(self) -> float:
+        return text_perplexity(self.model.llm, self.model.rows, self.model.llm_tokenizer)
+
+    def losses(
+        self, captions: list[str | None], ids: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Loss terms of captions (None for none) and visual token ids `[B, N]`; `loss` is what is minimised.
+
+        Args:
+            generator: draws the positions under the whole vocabulary.
+        """
+        model = self.model
+        check_ids(ids, model.num_tokens, model.tokens.num_visual)
+        batch = join(model.caption_ids(captions), model.tokens, ids.to(self.device))
+        image = image_loss(model.llm, model.rows, batch, model.num_tokens, self.config.full_share, generator)
+        terms = {"loss": image.total, "visual": image.visual, "text_mass": image.text_mass}
+        if self.config.text_weight:
+            text = caption_loss(model.llm, model.rows, batch, model.num_tokens, image.hidden)
+            terms |= {"loss": image.total + self.config.text_weight * text, "text": text}
+        return terms
+
+    def drop_captions(self, captions: list[str], generator: torch.Generator) -> list[str | None]:
+        """The captions, with None in place of a share `caption_dropout` of them."""
+        draws = torch.rand(len(captions), generator=generator, device=generator.device)
+        dropped = (draws < self.config.caption_dropout).tolist()
+        return [None if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        generator = self.step_generator(batch_idx)
+        terms = self.losses(self.drop_captions(batch["caption"], generator), batch["ids"], generator)
+        self.log_losses(terms, "train", len(batch["ids"]))
+        return terms["loss"]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int, stage: str) -> None:
+        """Captions are all there, and draws the same at every call."""
+        rows = batch["valid"].nonzero().squeeze(1).tolist() or [0]  # at least one, so that every rank logs
+        generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
+        captions: list[str | None] = [batch["caption"][row] for row in rows]
+        self.log_losses(self.losses(captions, batch["ids"][rows], generator), stage, len(rows))
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("val/text_perplexity", self._perplexity(), sync_dist=True)
+
+    def describe(self) -> dict[str, Any]:
+        small = self.config.llm.startswith(PREFIX)
+        return {
+            "model": type(self.model).__name__,
+            "config": to_dict(self.config),
+            "tokenizer_sha256": self.source.tokenizer_sha256,
+            "llm_sha256": self._llm_sha256,
+            "llm_tokenizer": backend_text(self.model.llm_tokenizer) if small else None,
+        }
+
+    def initialise_from(self, path: str) -> None:
+        """Take what another run of the same model and mode has learned (`--init-from`).
+
+        Raises:
+            V2FlowError: not a checkpoint of this kind, or one with other trained parameters.
+        """
+        from v2flow.t2i.checkpoint import read_text_to_image
+
+        if Path(path).is_dir():
+            raise V2FlowError(f"option --init-from: {path}: expected a .ckpt file, found a folder")
+        info, weights = read_text_to_image(path)
+        if info["tokenizer_sha256"] != self.source.tokenizer_sha256:
+            raise V2FlowError(
+                f"{path}: trained with another tokenizer; name the one that it was trained with"
+            )
+        names = trained_names(self)
+        different = sorted(names ^ set(weights)) or sorted(
+            n for n, p in self.named_parameters() if n in names and p.shape != weights[n].shape
+        )
+        if different:
+            raise V2FlowError(
+                f"{path}: tensor {different[0]!r} is not the same in the checkpoint and in this experiment; "
+                "start from a run with the same LLM, tokenizer and option train"
+            )
+        self.load_state_dict(weights)
