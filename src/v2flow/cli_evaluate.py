@@ -39,9 +39,9 @@ def is_text_to_image(checkpoint: str) -> bool:
     Raises:
         V2FlowError: a file that is no checkpoint of v2flow.
     """
-    from v2flow.inference import _is_text_to_image
+    from v2flow.inference import is_text_to_image
 
-    return _is_text_to_image(checkpoint)
+    return is_text_to_image(checkpoint)
 
 
 def refuse_text_to_image_options(options: argparse.Namespace) -> None:

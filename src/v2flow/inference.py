@@ -150,7 +150,7 @@ def load_text_to_image_model(checkpoint: str) -> Any:
     return load_text_to_image(checkpoint)
 
 
-def _is_text_to_image(checkpoint: str) -> bool:
+def is_text_to_image(checkpoint: str) -> bool:
     """Whether a .ckpt file or a folder holds a text-to-image model."""
     path = Path(checkpoint)
     if not path.is_file():
@@ -168,7 +168,7 @@ def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise V2FlowError(f"{folder}: expected a new or empty folder, found files; name another one")
     model: Any
-    if _is_text_to_image(checkpoint):
+    if is_text_to_image(checkpoint):
         if weights != "ema":
             raise V2FlowError(
                 f"option --weights: {checkpoint} is a text-to-image model and has one set of weights; leave it out"

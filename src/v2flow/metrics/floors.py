@@ -48,7 +48,7 @@ def data_floors(
     if not batches:
         raise V2FlowError("floors: the evaluation data held no picture; expected at least one")
     pictures = torch.cat(batches)
-    mean, nearest = _mean_and_nearest(train, pictures)
+    mean, nearest = mean_and_nearest(train, pictures)
     rows = {
         "mean_image": _reconstruction_figures(pictures, mean[None].expand_as(pictures)),
         "nearest_training_picture": _reconstruction_figures(pictures, nearest),
@@ -75,7 +75,7 @@ def _centred_rows(pictures: Tensor) -> Tensor:
     return pictures.flatten(1).float() / 255.0 - 0.5
 
 
-def _mean_and_nearest(train: Batches, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_nearest(train: Batches, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """The mean training picture [3, H, W] and the nearest one for each picture [n, 3, H, W]; all uint8."""
     queries = _centred_rows(pictures)
     # |q - t|² = |q|² - 2 (q·t - |t|²/2): the largest bracket is the nearest picture.

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from v2flow.config import from_dict
-from v2flow.data.shards import Shards
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import describe_shards
 from v2flow.metrics.files import write_json
@@ -22,9 +21,9 @@ from v2flow.training.checkpoint import read_checkpoint
 
 def evaluate_text_to_image_checkpoint(
     path: str | Path,
-    data: Shards,
+    data: str | list[str],
     *,
-    train: Shards | None = None,
+    train: str | list[str] | None = None,
     limit: int | None = None,
     pictures: int = 256,
     retrieval_pictures: int = 256,

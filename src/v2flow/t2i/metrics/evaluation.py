@@ -161,7 +161,8 @@ def _score_rows(
     if samples.pictures is None:
         report["notes"]["distances"] = "token shards without pictures: name picture shards instead"
         return []
-    found = load_networks(*samples.pictures.shape[2:], device)
+    height, width = samples.pictures.shape[2:]
+    found = load_networks(height, width, device)
     report["notes"] |= {name: note for name, note in found.notes.items() if name == "kid-inception"}
     report["distances"] = distance_rows(samples.pictures, rows, found.networks, order, device)
     return found.networks

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from v2flow.metrics.extractors import FeatureNetwork
 from v2flow.metrics.features import kid_figures
-from v2flow.metrics.floors import _mean_and_nearest
+from v2flow.metrics.floors import mean_and_nearest
 from v2flow.metrics.reconstruction import psnr_per_image
 from v2flow.t2i.metrics.rows import GENERATED, RECONSTRUCTED, SHUFFLED
 
@@ -68,5 +68,5 @@ def nearest_training_pictures(train: Iterable[Mapping[str, Any]], pictures: Tens
     Raises:
         V2FlowError: no training picture, or one of another size.
     """
-    _, nearest = _mean_and_nearest(train, pictures)
+    _, nearest = mean_and_nearest(train, pictures)
     return nearest, psnr_per_image(pictures, nearest).mean().item()
