@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from core_toys import small_config
 from torch import Tensor, nn
 
-from v2flow import overhead
 from v2flow.baselines.module import VQAutoencoderModule
 from v2flow.baselines.vq_autoencoder import VQAutoencoderConfig
+from v2flow.benchmark import subject
+from v2flow.benchmark.overhead import Spread, measure_overhead, steps_for_minutes
+from v2flow.benchmark.subject import peak_rise
 from v2flow.config import CodecConfig, ResamplerConfig, VelocityConfig
 from v2flow.errors import V2FlowError
-from v2flow.overhead import Spread, measure_overhead, overhead_table, peak_rise, steps_for_minutes
 from v2flow.training.module import ReconstructionModule
 from v2flow.training.optimizer import OptimizerConfig
 from v2flow.training.tokenizer_module import TokenizerModule
@@ -201,13 +202,6 @@ def test_flops_and_memory_repeat_themselves(measured: Any) -> None:
             assert again[name][key] == row[key]
 
 
-def test_the_table_has_a_line_a_row(measured: Any) -> None:
-    lines = overhead_table(measured[0]).splitlines()
-    assert len(lines) == 2 + 3 and len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| VQ |") and lines[2].count("1.00×, 1.00–1.00") == 3
-    assert "one_step: " in lines[3] and "<br>sampled: " in lines[3]
-
-
 # --- counts by hand ---------------------------------------------------------------------------------------------
 
 
@@ -270,7 +264,7 @@ def test_peak_memory_of_wide_layers_is_in_the_optimiser() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(overhead, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(subject, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

@@ -1,4 +1,4 @@
-"""What a row costs: time of a step, memory, speed of coding, and ratios to the reference (`v2flow.overhead`)."""
+"""What a row costs: step time, memory, speed of coding, and ratios to the reference (`v2flow.benchmark.overhead`)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

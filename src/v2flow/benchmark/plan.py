@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from v2flow.benchmark.overhead import measure_overhead, steps_for_minutes
 from v2flow.benchmark.suite import VALIDATIONS, Row, Suite, fit_command
 from v2flow.cli_training import build_experiment
 from v2flow.data.openmoji import group_of
 from v2flow.data.shards import expand_shards, open_shards
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
-from v2flow.overhead import measure_overhead, steps_for_minutes
 from v2flow.training.checkpoint import load_own
 from v2flow.training.module import ReconstructionModule
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from v2flow.benchmark.overhead import Spread
 from v2flow.errors import V2FlowError
-from v2flow.overhead import Spread
 from v2flow.t2i.extension import VisualTokens
 from v2flow.t2i.generation import generate_ids
 from v2flow.t2i.hub import merged_llm

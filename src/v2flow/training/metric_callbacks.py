@@ -157,9 +157,9 @@ class ReconstructionCallback(Callback):
             # Equal on every rank: the synchronising mean changes nothing.
             pl_module.log(f"{stage}/{name}", value, prog_bar=name == "psnr", sync_dist=True, batch_size=1)
         directory = log_directory(trainer)
-        if stage == "val" and trainer.is_global_zero and not _dry_run(trainer):
+        if stage == "val" and trainer.is_global_zero and not is_dry_run(trainer):
             append_json_line(directory / "validation.jsonl", {"step": trainer.global_step} | figures)
-        if self.grid_images > 0 and trainer.is_global_zero and not _dry_run(trainer):
+        if self.grid_images > 0 and trainer.is_global_zero and not is_dry_run(trainer):
             name = "test" if stage == "test" else f"step-{trainer.global_step:06d}"
             path = directory / "grids" / f"{name}.png"
             grid = self._evaluator.grid()
@@ -171,7 +171,7 @@ class ReconstructionCallback(Callback):
         """Scores everything while the model is still on its device."""
         loader = _validation_loader(trainer)
         limit = _validation_batches(trainer)
-        if _dry_run(trainer) or loader is None or limit == 0:
+        if is_dry_run(trainer) or loader is None or limit == 0:
             return
         with averaged_weights(trainer, pl_module) as weights:
             evaluator = run_evaluator(
@@ -186,7 +186,7 @@ class ReconstructionCallback(Callback):
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
             figures = evaluator.compute()
-        figures["protocol"] = _describe_data(trainer) | figures["protocol"]
+        figures["protocol"] = describe_data(trainer) | figures["protocol"]
         floors = self._score_floors(trainer, islice(loader, limit), pl_module.device) if self.floors else None
         self._result = FinalResult({weights: figures}, floors, evaluator.grid(), log_directory(trainer))
 
@@ -194,9 +194,9 @@ class ReconstructionCallback(Callback):
         """Writes metrics.json and grid.png and says where everything lies: now the last checkpoint has its name."""
         if self._result is None or not trainer.is_global_zero:
             return
-        places = _checkpoints(trainer)
+        places = written_checkpoints(trainer)
         report = make_report(
-            _scored_checkpoint(trainer),
+            scored_checkpoint(trainer),
             type(pl_module.model).__name__,
             trainer.global_step,
             self._result.figures,
@@ -269,11 +269,11 @@ def _validation_batches(trainer: Trainer) -> Optional[int]:
     return None if count == float("inf") else int(count)
 
 
-def _dry_run(trainer: Trainer) -> bool:
+def is_dry_run(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def _describe_data(trainer: Trainer) -> dict[str, Any]:
+def describe_data(trainer: Trainer) -> dict[str, Any]:
     shards = getattr(getattr(trainer, "datamodule", None), "val", None)
     return (describe_shards(shards) if shards else {}) | {
         "split": "val",
@@ -281,7 +281,7 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _checkpoints(trainer: Trainer) -> dict[str, str]:
+def written_checkpoints(trainer: Trainer) -> dict[str, str]:
     """The best and the last checkpoint, as far as they were written."""
     best = last = ""
     for callback in trainer.checkpoint_callbacks:
@@ -294,7 +294,7 @@ def _checkpoints(trainer: Trainer) -> dict[str, str]:
     return {name: path for name, path in (("best checkpoint", best), ("last checkpoint", last)) if path}
 
 
-def _scored_checkpoint(trainer: Trainer) -> str:
+def scored_checkpoint(trainer: Trainer) -> str:
     """The checkpoint written at the last step, which holds the weights just scored; "" if there is none.
 
     `last.ckpt` need not be it: with a monitor Lightning writes it only when the monitored value improves.

@@ -15,12 +15,12 @@ from v2flow.t2i.metrics.rows import Drawing
 from v2flow.t2i.metrics.samples import CaptionedSamples, read_samples
 from v2flow.t2i.metrics.training_set import open_training_set
 from v2flow.training.metric_callbacks import (
-    _checkpoints,
-    _describe_data,
-    _dry_run,
-    _scored_checkpoint,
     averaged_weights,
+    describe_data,
+    is_dry_run,
     log_directory,
+    scored_checkpoint,
+    written_checkpoints,
 )
 
 
@@ -120,7 +120,7 @@ class TextToImageCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measures the LLM's language before the training."""
-        if self._samples and trainer.global_step == 0 and not _dry_run(trainer):
+        if self._samples and trainer.global_step == 0 and not is_dry_run(trainer):
             self._perplexity_before = perplexity(pl_module.model)
 
     def on_validation_batch_end(
@@ -165,13 +165,13 @@ class TextToImageCallback(Callback):
                 f"{stage}/{name}", value, prog_bar=name == "retrieval", sync_dist=True, batch_size=1
             )
         directory = log_directory(trainer)
-        if stage == "val" and trainer.is_global_zero and not _dry_run(trainer):
+        if stage == "val" and trainer.is_global_zero and not is_dry_run(trainer):
             append_json_line(directory / "validation.jsonl", {"step": trainer.global_step} | self._figures)
         self._figures = None
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Scores everything while the model is still on its device."""
-        if _dry_run(trainer) or "val" not in self._samples:
+        if is_dry_run(trainer) or "val" not in self._samples:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model = pl_module.model
@@ -186,7 +186,7 @@ class TextToImageCallback(Callback):
                 features=self.final_features,
                 training=open_training_set(data.train, model.tokenizer, data.num_workers, data.allow_pipe),
                 perplexity_before=self._perplexity_before,
-                protocol=_describe_data(trainer) | {"weights": weights},
+                protocol=describe_data(trainer) | {"weights": weights},
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
 
@@ -195,9 +195,9 @@ class TextToImageCallback(Callback):
         directory = log_directory(trainer)
         if self._result is None or not trainer.is_global_zero:
             return
-        places = _checkpoints(trainer)
+        places = written_checkpoints(trainer)
         head = {
-            "checkpoint": _scored_checkpoint(trainer),
+            "checkpoint": scored_checkpoint(trainer),
             "model": type(pl_module.model).__name__,
             "step": trainer.global_step,
         }

@@ -5,28 +5,17 @@ round, so that what else the machine does falls on both sides of a ratio. Nothin
 the pictures lie on the device already: loading, logging and weight averages are in no figure.
 """
 
-import copy
-import inspect
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from v2flow.benchmark.subject import Subject
 from v2flow.errors import V2FlowError
-from v2flow.training.module import ReconstructionModule, seeded_generator
-
-CLIP = 3.0
-"""Norm to which gradients are clipped, as in the shipped experiments; it does not change the cost."""
+from v2flow.training.module import ReconstructionModule
 
 
 @dataclass
@@ -93,7 +82,7 @@ def measure_overhead(
     cuda = [chosen] if chosen.type == "cuda" else []
     with _threads(threads), torch.random.fork_rng(devices=cuda):
         try:
-            subjects = {name: _Subject(module, batch_size, chosen) for name, module in modules.items()}
+            subjects = {name: Subject(module, batch_size, chosen) for name, module in modules.items()}
             times = _time_rounds(subjects, rounds, warmup, progress)
             setting = {
                 "device": chosen.type,
@@ -127,123 +116,11 @@ def steps_for_minutes(overhead_row: Mapping[str, Any], minutes: float, multiple:
     return steps
 
 
-def overhead_table(overhead: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a line for each row; behind a figure its ratio to the reference, and behind that its quartiles."""
-    lines = [
-        "| row | parameters, M | ms a step | GFLOPs a step | peak memory, MB | encoded images/s | decoded images/s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in overhead.items():
-        modes = "<br>".join(
-            f"{mode}: {_timed(speed['median'], row['decode_speed_ratio'][mode])}"
-            for mode, speed in row["decode_images_per_second"].items()
-        )
-        cells = [
-            name,
-            f"{row['parameters'] / 1e6:.3g} ({row['parameters_ratio']:.2f}×)",
-            _timed(row["step_seconds"]["median"] * 1e3, row["step_time_ratio"]),
-            f"{row['step_flops'] / 1e9:.3g} ({row['step_flops_ratio']:.2f}×)",
-            f"{row['peak_memory_bytes'] / 1e6:.3g} ({row['peak_memory_ratio']:.2f}×)",
-            _timed(row["encode_images_per_second"]["median"], row["encode_speed_ratio"]),
-            modes,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _timed(value: float, ratio: Mapping[str, float]) -> str:
-    shown = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{shown} ({ratio['median']:.2f}×, {ratio['low']:.2f}–{ratio['high']:.2f})"
-
-
-class _Subject:
-    """A copy of a module with an optimiser that changes nothing, on pictures and ids of noise."""
-
-    def __init__(self, module: ReconstructionModule, batch_size: int, device: torch.device) -> None:
-        self.module = copy.deepcopy(module).to(device)
-        self.model = cast(Any, self.module.model)
-        configured: Any = self.module.configure_optimizers()
-        self.optimizer: torch.optim.Optimizer = (
-            configured["optimizer"] if isinstance(configured, dict) else configured
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.stages = self.module.training_stages()
-        self.takes_generator = "generator" in inspect.signature(self.model.decode).parameters
-        self.device, self.batch_size = device, batch_size
-        noise, size = seeded_generator(device, batch_size), self.model.config.image_size
-        self.images = torch.rand(batch_size, 3, size, size, generator=noise, device=device)
-        shape = (batch_size, self.model.num_tokens)
-        self.ids = torch.randint(0, self.model.codebook_size, shape, generator=noise, device=device)
-
-    def share(self, stage: str) -> float:
-        begin, end = self.stages[stage]
-        return end - begin
-
-    def _loss(self, stage: str, draw: int) -> Tensor:
-        progress = sum(self.stages[stage]) / 2
-        return self.module.training_losses(self.images, progress, seeded_generator(self.device, draw))["loss"]
-
-    def step(self, stage: str, draw: int) -> None:
-        """A training step in the Trainer's order: the last step's gradients lie there during forward."""
-        loss = self._loss(stage, draw)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-        self.optimizer.step()
-
-    def flops(self, stage: str, draw: int) -> int:
-        """FLOPs of forward and backward."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self._loss(stage, draw).backward()
-        return counter.get_total_flops()
-
-    def resident_bytes(self) -> int:
-        """Weights, buffers and optimiser state."""
-        state = [x for values in self.optimizer.state.values() for x in values.values()]
-        held = [*self.module.parameters(), *self.module.buffers(), *state]
-        return sum(x.numel() * x.element_size() for x in held if isinstance(x, Tensor))
-
-    def peak_memory(self, stage: str, draws: int) -> int:
-        """Largest number of bytes in tensors at any moment of steps of this stage."""
-
-        def steps() -> None:
-            # One more than the draws: no gradients lie there during the forward pass of the first.
-            for draw in (0, *range(draws)):
-                self.step(stage, draw)
-
-        self.optimizer.zero_grad()
-        return self.resident_bytes() + peak_rise(steps, self.device)
-
-    def encode(self) -> None:
-        self.model.encode(self.images)
-
-    def decode(self, mode: str, draw: int) -> None:
-        options = dict(self.module.decode_modes[mode])
-        if self.takes_generator:
-            options["generator"] = seeded_generator(self.device, draw)
-        self.model.decode(self.ids, **options)
-
-    def time(self, draw: int) -> dict[str, float]:
-        """Seconds of each stage's step, of encoding, and of each way to decode, once."""
-        self.module.train()
-        seconds = {
-            f"step {stage}": _seconds(partial(self.step, stage, draw), self.device) for stage in self.stages
-        }
-        seconds["step"] = sum(self.share(stage) * seconds[f"step {stage}"] for stage in self.stages)
-        self.module.eval()
-        seconds["encode"] = _seconds(self.encode, self.device)
-        for mode in self.module.decode_modes:
-            seconds[f"decode {mode}"] = _seconds(partial(self.decode, mode, draw), self.device)
-        return seconds
-
-
 Times = dict[str, list[float]]
 """What was timed -> seconds in each round."""
 
 
-def _time_rounds(subjects: dict[str, _Subject], rounds: int, warmup: int, progress: bool) -> dict[str, Times]:
+def _time_rounds(subjects: dict[str, Subject], rounds: int, warmup: int, progress: bool) -> dict[str, Times]:
     times: dict[str, Times] = {name: {} for name in subjects}
     total = (warmup + rounds) * len(subjects)
     with tqdm(desc="measure rows", total=total, unit="row", disable=not progress, delay=2.0) as bar:
@@ -257,7 +134,7 @@ def _time_rounds(subjects: dict[str, _Subject], rounds: int, warmup: int, progre
     return times
 
 
-def _figures(subject: _Subject, times: Times, rounds: int) -> dict[str, Any]:
+def _figures(subject: Subject, times: Times, rounds: int) -> dict[str, Any]:
     """Everything of a row but its ratios."""
     subject.module.train()
     stages: dict[str, dict[str, Any]] = {}
@@ -311,42 +188,6 @@ def _with_ratios(rows: dict[str, dict[str, Any]], times: dict[str, Times]) -> di
 def _ratio(upper: list[float], lower: list[float]) -> dict[str, float]:
     """Spread of the ratio within each round."""
     return asdict(Spread.of([a / b for a, b in zip(upper, lower, strict=True)]))
-
-
-def peak_rise(action: Callable[[], Any], device: torch.device) -> int:
-    """Largest number of bytes in tensors at any moment of `action`, beyond those that were there before it.
-
-    On a CPU `action` should free none of those: the profiler does not know their sizes.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        action()
-        return torch.cuda.max_memory_allocated(device) - before
-    # Read when the first profiler starts: without it every profile writes lines of its own to standard error.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def _seconds(action: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    action()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
