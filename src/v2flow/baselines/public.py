@@ -1,6 +1,7 @@
 """Public VQ checkpoints under the benchmark's protocol: `tokenizer: v2flow.baselines.public:diffusers_vq=HUB_ID`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import VQModel
@@ -22,12 +23,13 @@ class DiffusersVQ(nn.Module):
         codebook_size: K.
     """
 
-    def __init__(self, model: VQModel, image_size: int) -> None:
+    def __init__(self, model: Any, image_size: int) -> None:
         super().__init__()
-        self.model, self.image_size = model, image_size
-        self.side = image_size // 2 ** (len(model.config.block_out_channels) - 1)
+        self.model = model
+        self.image_size = image_size
+        self.side = image_size // 2 ** (len(self.model.config.block_out_channels) - 1)
         self.num_tokens = self.side**2
-        self.codebook_size: int = model.config.num_vq_embeddings
+        self.codebook_size: int = self.model.config.num_vq_embeddings
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def diffusers_vq(path: str, image_size: int = 256) -> DiffusersVQ:
         (path, None) if Path(path).is_dir() or len(parts) < 3 else ("/".join(parts[:2]), parts[2])
     )
     try:
-        model = VQModel.from_pretrained(where, subfolder=subfolder)
+        model: Any = VQModel.from_pretrained(where, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise V2FlowError(
             f"{path}: no diffusers VQModel could be loaded ({str(error).splitlines()[0]}); expected a folder or a hub "
