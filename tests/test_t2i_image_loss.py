@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_single_sequences_without_padding(family: str) -> No
     text = 1 - torch.stack(rows).softmax(-1)[..., model.tokens.rows].sum(-1).mean()
     assert torch.allclose(everywhere.text_mass, text, atol=1e-4)
     assert torch.allclose(model.log_likelihood(captions, ids), visual.sum((1, 2)), atol=1e-3)
-    between = model.loss(captions, ids, 0.5, torch.Generator().manual_seed(0)).total
+    between = model.loss(captions, ids, 0.5, 0.0, torch.Generator().manual_seed(0)).total
     assert nowhere.total < between < everywhere.total
 
 

@@ -22,6 +22,7 @@ def test_two_shards_learn_what_one_process_learns(tmp_path: Path) -> None:
     two = (
         "--trainer.devices=2", "--data.batch_size=2",
         "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+        "--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1",
         "--trainer.strategy.save_distributed_checkpoint=false",
     )  # fmt: skip
     module = TextToImageModule(TextToImageConfig(**toys.config(caption_dropout=0.0, full_share=0.0)))
@@ -36,7 +37,7 @@ def test_two_shards_learn_what_one_process_learns(tmp_path: Path) -> None:
     assert set(one) == set(other)
     start = torch.load(tmp_path / "start.ckpt", weights_only=True)
     assert start.keys() == one.keys()
-    # Adam's first steps are signs of gradients: where these are nothing but rounding, so are the steps.
-    steps = [torch.cat([(end[name] - start[name]).flatten() for name in start]) for end in (one, other)]
-    assert steps[0].norm() > 0 and torch.cosine_similarity(*steps, dim=0) > 0.999
+    for name in start:
+        assert not torch.equal(one[name], start[name])
+        assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5), name
     assert load_text_to_image(paths[1]).num_tokens == 4

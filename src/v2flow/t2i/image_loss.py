@@ -24,12 +24,14 @@ class ImageLoss:
         visual: the same over the visual columns at every position, without gradient: comparable over shares.
         text_mass: mean probability of text at the positions with the whole vocabulary; 0 without such positions.
         hidden: last hidden states `[B, L, D]`, for further losses.
+        text: the captions' own loss, where it was asked for; it is in the total with its weight.
     """
 
     total: Tensor
     visual: Tensor
     text_mass: Tensor
     hidden: Tensor
+    text: Tensor | None = None
 
 
 def image_loss(

@@ -1,7 +1,7 @@
 """V2FlowForTextToImage: a frozen V2Flow tokenizer and an LLM that speaks its visual tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from v2flow.t2i.generation import generate_ids, generation_options
 from v2flow.t2i.hub import PretrainedTextToImage
 from v2flow.t2i.image_loss import ImageLoss, image_log_likelihood, image_loss
 from v2flow.t2i.sequences import caption_ids, join
+from v2flow.t2i.text_loss import HELD_OUT, caption_loss, text_perplexity
 from v2flow.t2i.visual_rows import VisualRows
 from v2flow.tokenizer import V2FlowTokenizer, check_ids
 
@@ -81,13 +82,25 @@ class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
         return caption_ids(self.llm_tokenizer, captions, self.max_caption)
 
     def loss(
-        self, captions: Sequence[str | None], ids: Tensor, full_share: float = 0.125,
+        self, captions: Sequence[str | None], ids: Tensor, full_share: float = 0.125, text_weight: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> ImageLoss:  # fmt: skip
-        """Training loss of captions and the visual token ids `[B, N]` of their pictures; see `image_loss`."""
+        """Training loss of captions and the visual token ids `[B, N]` of their pictures; see `image_loss`.
+
+        Args:
+            text_weight: of the captions' own loss in the total; 0 leaves it out.
+        """
         check_ids(ids, self.num_tokens, self.tokens.num_visual)
         batch = join(self.caption_ids(captions), self.tokens, ids.to(self.device))
-        return image_loss(self.llm, self.rows, batch, self.num_tokens, full_share, generator)
+        found = image_loss(self.llm, self.rows, batch, self.num_tokens, full_share, generator)
+        if not text_weight:
+            return found
+        text = caption_loss(self.llm, self.rows, batch, self.num_tokens, found.hidden)
+        return replace(found, total=found.total + text_weight * text, text=text)
+
+    def text_perplexity(self, texts: Sequence[str] = HELD_OUT) -> float:
+        """Perplexity of texts over the whole vocabulary, visual tokens included."""
+        return text_perplexity(self.llm, self.rows, self.llm_tokenizer, texts)
 
     def log_likelihood(self, captions: Sequence[str | None], ids: Tensor) -> Tensor:
         """Log-likelihood `[B]` in nats of the pictures' ids `[B, N]` given their captions."""

@@ -9,17 +9,18 @@ from v2flow.t2i.trainable import find_blocks
 
 
 def shard_text_to_image(model: V2FlowForTextToImage, mesh: Any) -> None:
-    """Shard the LLM's body block by block, and the visual rows; once, however often it is called.
+    """Shard the LLM's body block by block, and what else learns with the whole model; once, however often it is called.
 
-    The table and the head stay whole on every rank: they are frozen, and their rows are read outside of any forward.
+    The visual rows are read several times in a step, at the input and at the head: they belong to the model as a whole,
+    whose parameters stay together from a method's start to the end of its backward pass. The table, the head and the
+    tokenizer stay whole on every rank: they are frozen.
     """
-    decoder = model.llm.get_decoder()
-    if isinstance(decoder, FSDPModule):
+    if isinstance(model, FSDPModule):
         return
     for block in find_blocks(model.llm):
         fully_shard(block, mesh=mesh)
     table, head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
-    fully_shard(decoder, mesh=mesh, ignored_params={*table.parameters(), *head.parameters()})
-    fully_shard(model.rows, mesh=mesh)
-    for name in ("embed", "visual_logits", "text_log_sum_exp", "full_vocabulary"):
-        register_fsdp_forward_method(model.rows, name)
+    frozen = {*table.parameters(), *head.parameters(), *model.tokenizer.parameters()}
+    fully_shard(model, mesh=mesh, ignored_params=frozen)
+    for name in ("loss", "log_likelihood", "text_perplexity", "generate"):
+        register_fsdp_forward_method(model, name)

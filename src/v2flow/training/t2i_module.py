@@ -13,12 +13,8 @@ from v2flow.errors import V2FlowError
 from v2flow.fingerprint import language_model_sha256
 from v2flow.t2i.build import build_text_to_image
 from v2flow.t2i.config import TextToImageConfig
-from v2flow.t2i.image_loss import image_loss
-from v2flow.t2i.sequences import join
 from v2flow.t2i.small_llm import PREFIX, backend_text
-from v2flow.t2i.text_loss import caption_loss, text_perplexity
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
-from v2flow.tokenizer import check_ids
 from v2flow.training.frozen import leave_out_frozen, trained_names
 from v2flow.training.module import SeededModule, seeded_generator
 from v2flow.training.optimizer import OptimizerConfig
@@ -60,8 +56,18 @@ class TextToImageModule(SeededModule):
         leave_out_frozen(self)
 
     def configure_model(self) -> None:
-        """Under ModelParallelStrategy, shares what learns out over the ranks."""
+        """Under ModelParallelStrategy, shares what learns out over the ranks.
+
+        Raises:
+            V2FlowError: ranks that are to share one batch's tensors, Lightning's default, instead of the data.
+        """
         if self.device_mesh is not None:
+            ranks = self.device_mesh["tensor_parallel"].size()
+            if ranks != 1:
+                raise V2FlowError(
+                    f"option trainer.strategy.tensor_parallel_size: expected 1, found {ranks}; set it, and "
+                    "data_parallel_size to the number of devices"
+                )
             shard_text_to_image(self.model, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
@@ -92,7 +98,7 @@ class TextToImageModule(SeededModule):
                 logger.log_metrics({"val/text_perplexity": found}, step=0)
 
     def _perplexity(self) -> float:
-        return text_perplexity(self.model.llm, self.model.rows, self.model.llm_tokenizer)
+        return self.model.text_perplexity()
 
     def losses(
         self, captions: list[str | None], ids: Tensor, generator: torch.Generator
@@ -102,15 +108,9 @@ class TextToImageModule(SeededModule):
         Args:
             generator: draws the positions under the whole vocabulary.
         """
-        model = self.model
-        check_ids(ids, model.num_tokens, model.tokens.num_visual)
-        batch = join(model.caption_ids(captions), model.tokens, ids.to(self.device))
-        image = image_loss(model.llm, model.rows, batch, model.num_tokens, self.config.full_share, generator)
-        terms = {"loss": image.total, "visual": image.visual, "text_mass": image.text_mass}
-        if self.config.text_weight:
-            text = caption_loss(model.llm, model.rows, batch, model.num_tokens, image.hidden)
-            terms |= {"loss": image.total + self.config.text_weight * text, "text": text}
-        return terms
+        found = self.model.loss(captions, ids, self.config.full_share, self.config.text_weight, generator)
+        terms = {"loss": found.total, "visual": found.visual, "text_mass": found.text_mass}
+        return terms if found.text is None else terms | {"text": found.text}
 
     def drop_captions(self, captions: list[str], generator: torch.Generator) -> list[str | None]:
         """The captions, with None in place of a share `caption_dropout` of them."""
@@ -144,7 +144,7 @@ class TextToImageModule(SeededModule):
     def describe(self) -> dict[str, Any]:
         small = self.config.llm.startswith(PREFIX)
         return {
-            "model": type(self.model).__name__,
+            "model": V2FlowForTextToImage.__name__,  # fully_shard changes the class of its instances
             "config": to_dict(self.config),
             "tokenizer_sha256": self.source.tokenizer_sha256,
             "llm_sha256": self._llm_sha256,

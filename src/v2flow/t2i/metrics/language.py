@@ -5,14 +5,13 @@ from typing import Any
 import torch
 
 from v2flow.t2i.metrics.samples import CaptionedSamples
-from v2flow.t2i.text_loss import text_perplexity
 from v2flow.tokenizer import inference
 
 
 def perplexity(model: Any) -> float:
     """Perplexity of the held-out text of `text_loss` under a text-to-image model's LLM, in evaluation mode."""
     with inference(model):
-        return text_perplexity(model.llm, model.rows, model.llm_tokenizer)
+        return model.text_perplexity()
 
 
 @torch.no_grad()
