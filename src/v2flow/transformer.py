@@ -69,7 +69,8 @@ def grid_positions(rows: int, columns: int, width: int) -> Tensor:
         raise ValueError(f"width must be a multiple of 4 for two-dimensional positions, found {width}")
     y = (torch.arange(rows) + 0.5) / rows
     x = (torch.arange(columns) + 0.5) / columns
-    frequencies = 2 * torch.pi * 2 ** torch.linspace(-1, 4, width // 4)
+    # The device is named: loading an LLM under the meta device can leave torch.linspace out of torch's device contexts.
+    frequencies = 2 * torch.pi * 2 ** torch.linspace(-1, 4, width // 4, device=y.device)
     parts = []
     for coordinate in torch.meshgrid(y, x, indexing="ij"):
         angles = coordinate.reshape(-1, 1) * frequencies
