@@ -9,11 +9,11 @@ from core_toys import pictures, small_config
 from data_toys import encode, write_tar
 
 from v2flow import V2FlowTokenizer
-from v2flow.cross_domain import default_domains, evaluate_domains
 from v2flow.errors import V2FlowError
 from v2flow.metrics.codebook import codebook_statistics
 from v2flow.metrics.features import KID_MINIMUM
 from v2flow.metrics.reconstruction import psnr_per_image
+from v2flow.probes.domains import default_domains, evaluate_domains
 
 MODES = {"one_step": {"steps": 1, "temperature": 0.0}, "sampled": {"steps": 2}}
 

@@ -25,7 +25,7 @@ from v2flow.metrics.scene_verifier import satisfies
 from v2flow.t2i.config import TextToImageConfig
 from v2flow.t2i.extension import extend_vocabulary
 from v2flow.t2i.metrics.clip_score import clip_rows
-from v2flow.t2i.metrics.language import image_positions, perplexity
+from v2flow.t2i.metrics.language import image_positions
 from v2flow.t2i.metrics.marginal import marginal_ids, sample_marginal
 from v2flow.t2i.metrics.picture_distance import distance_rows, nearest_training_pictures
 from v2flow.t2i.metrics.retrieval import distractors, is_first, retrieval_accuracy
@@ -256,7 +256,7 @@ def test_language_figures_equal_a_plain_pass_of_the_merged_model() -> None:
 
     model, samples = build(), samples_of(EIGHT[:3])
     model.train()
-    found, positions = perplexity(model), image_positions(model, samples, batch_size=2)
+    found, positions = model.text_perplexity(), image_positions(model, samples, batch_size=2)
     assert model.llm.training
     llm = merged_llm(model).eval()
     total, count, mass = 0.0, 0, []

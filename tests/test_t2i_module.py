@@ -221,6 +221,15 @@ def test_checkpoint_gives_the_same_model(toys: Toys, trained: Path, tmp_path: Pa
     assert torch.equal(*pictures)
 
 
+def test_a_resumed_training_knows_the_language_from_before_it(toys: Toys, trained: Path) -> None:
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    untrained = make_module(toys, seed=1)
+    assert untrained.perplexity_before is None
+    assert checkpoint["v2flow"]["perplexity_before"] == pytest.approx(untrained.model.text_perplexity())
+    untrained.on_load_checkpoint(checkpoint)
+    assert untrained.perplexity_before == checkpoint["v2flow"]["perplexity_before"]
+
+
 def test_another_tokenizer_is_refused_by_the_checkpoint(trained: Path, tmp_path: Path) -> None:
     toy_tokenizer(seed=5).save_pretrained(tmp_path / "other")
     with pytest.raises(V2FlowError, match="trained with the tokenizer"):

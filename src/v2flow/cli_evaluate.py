@@ -33,17 +33,6 @@ def add_text_to_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance", type=float, default=unset, help="classifier-free scale; 1 is none")
 
 
-def is_text_to_image(checkpoint: str) -> bool:
-    """Whether a .ckpt file or a folder holds a text-to-image model.
-
-    Raises:
-        V2FlowError: a file that is no checkpoint of v2flow.
-    """
-    from v2flow.inference import is_text_to_image
-
-    return is_text_to_image(checkpoint)
-
-
 def refuse_text_to_image_options(options: argparse.Namespace) -> None:
     """Refuse the options of a text-to-image model for a tokenizer.
 

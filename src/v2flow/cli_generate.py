@@ -85,6 +85,7 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
     import torch
 
     from v2flow.decode_modes import select_modes
+    from v2flow.devices import pick_device
     from v2flow.evaluate import FOLDER_MODES
     from v2flow.images import save_grid
     from v2flow.inference import load_text_to_image_model
@@ -96,7 +97,7 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
     generation_options(how)  # refused before a model is loaded
     decode = next(iter(select_modes([options.mode], FOLDER_MODES).values()))
     model = load_text_to_image_model(options.checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(pick_device())
     captions = [prompt.caption for prompt in prompts for _ in range(options.samples)]
     cpu = torch.device("cpu")
     ids = generate_ids(

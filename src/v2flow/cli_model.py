@@ -6,7 +6,6 @@ from typing import Any
 
 from v2flow.cli_evaluate import (
     add_text_to_image_options,
-    is_text_to_image,
     refuse_text_to_image_options,
     run_evaluate_text_to_image,
 )
@@ -121,6 +120,8 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """`v2flow evaluate`."""
+    from v2flow.inference import is_text_to_image
+
     if is_text_to_image(options.checkpoint):
         run_evaluate_text_to_image(options)
         return

@@ -1,10 +1,16 @@
 """Named ways to decode: those of a checkpoint, and those that a user writes out."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
+
+
+def takes_generator(model: Any) -> bool:
+    """Whether a tokenizer's `decode` draws noise, from a `generator` that it is given."""
+    return "generator" in inspect.signature(model.decode).parameters
 
 
 def select_modes(

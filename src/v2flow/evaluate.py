@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from v2flow.decode_modes import select_modes
+from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.images import save_grid
 from v2flow.metrics.evaluator import ReconstructionEvaluator
@@ -188,7 +189,7 @@ def evaluate_checkpoint(
     unknown = sorted(set(weights) - {"ema", "raw"})
     if unknown or not weights:
         raise V2FlowError(f"option weights: expected ema and/or raw, found {', '.join(unknown) or 'nothing'}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
     names: Sequence[str] = ("exported",) if Path(path).is_dir() else weights
     check_probes(probes, names, probe_limit)
     results: dict[str, dict[str, Any]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from v2flow.data.decode import square_crop
 from v2flow.decode_modes import select_modes
+from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import FOLDER_MODES
 from v2flow.images import read_picture
@@ -32,7 +33,7 @@ class LoadedModel:
 
     def __init__(self, checkpoint: str, weights: Literal["ema", "raw"] = "ema") -> None:
         model, info = load_model(checkpoint, weights)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device()
         self.model: Any = model.to(self.device)
         self.name: str = info["model"]
         self.modes: dict[str, dict[str, Any]] = info["decode_modes"] or FOLDER_MODES
@@ -155,7 +156,7 @@ def is_text_to_image(checkpoint: str) -> bool:
     path = Path(checkpoint)
     if not path.is_file():
         return (path / "v2flow.json").is_file()
-    return bool(read_checkpoint(path)["v2flow"].get("model") == "V2FlowForTextToImage")
+    return bool(read_checkpoint(path, mmap=True)["v2flow"].get("model") == "V2FlowForTextToImage")
 
 
 def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from v2flow.benchmark.subject import Subject
+from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.training.module import ReconstructionModule
 
@@ -202,7 +203,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = pick_device(device)
     if chosen.type not in ("cpu", "cuda"):
         raise V2FlowError(
             f"option device: expected cpu or cuda, found {chosen.type}; its memory cannot be measured"

@@ -3,15 +3,15 @@
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from v2flow.benchmark.overhead import measure_overhead, steps_for_minutes
-from v2flow.benchmark.suite import VALIDATIONS, Row, Suite, fit_command
+from v2flow.benchmark.suite import VALIDATIONS, Row, Suite, fit_command, words_sha256
 from v2flow.cli_training import build_experiment
 from v2flow.data.openmoji import group_of
-from v2flow.data.shards import expand_shards, open_shards
+from v2flow.data.shards import folder_manifest, open_shards, shard_places
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
 from v2flow.training.checkpoint import load_own
@@ -141,15 +141,15 @@ def check_held_out(evaluation: Any, training: Any, where: str) -> None:
     """
     if training is None:
         return
-    train, test = ({Path(name).resolve() for name in expand_shards(s)} for s in (training, evaluation))
+    train, test = shard_places(training), shard_places(evaluation)
     if train & test:
         raise V2FlowError(
             f"{where}: evaluate.data: {min(train & test)} is also a training shard; expected held-out pictures"
         )
-    for folder in {path.parent for path in train} & {path.parent for path in test}:
+    for folder in {_folder(place) for place in train} & {_folder(place) for place in test}:
         known, tested = (
-            _groups([str(path) for path in sorted(paths) if path.parent == folder], folder)
-            for paths in (train, test)
+            _groups([place for place in sorted(places) if _folder(place) == folder], folder)
+            for places in (train, test)
         )
         shared = known & tested
         if shared:
@@ -159,19 +159,22 @@ def check_held_out(evaluation: Any, training: Any, where: str) -> None:
             )
 
 
-def _groups(shards: list[str], folder: Path) -> set[str]:
+def _folder(place: str) -> str:
+    return place.rpartition("/")[0]
+
+
+def _groups(shards: list[str], folder: str) -> set[str]:
     opened = open_shards(shards, progress=False)
     keys = (opened.key(sample) for sample in range(len(opened)))
-    manifest = folder / "manifest.json"
-    kind = json.loads(manifest.read_text())["build"].get("kind") if manifest.is_file() else None
-    return {group_of(key) if kind == "openmoji" else key for key in keys}
+    build, _ = folder_manifest(folder)
+    return {group_of(key) if build.get("kind") == "openmoji" else key for key in keys}
 
 
 def _overhead(
     suite: Suite, modules: dict[str, ReconstructionModule], batch_size: int, path: Path, progress: bool
 ) -> dict[str, Any]:
     commands = {row.name: fit_command(suite, row, 0, None) for row in suite.rows if row.name in modules}
-    key = {"commands": commands, "threads": suite.threads}
+    key = {"words": words_sha256(*commands.values()), "rows": list(commands), "threads": suite.threads}
     if path.is_file():
         kept = json.loads(path.read_text())
         if kept["key"] == key:
@@ -186,8 +189,3 @@ def _overhead(
 def warn(message: str) -> None:
     """One line on standard error."""
     print(f"v2flow: warning: {message}", file=sys.stderr, flush=True)
-
-
-def facts_dict(facts: RowFacts) -> dict[str, Any]:
-    """The facts for a result file."""
-    return asdict(facts)

@@ -18,7 +18,7 @@ def suite_document(suite: Suite, plan: Plan, results: list[dict[str, Any]]) -> d
             "name": suite.name,
             "title": suite.title,
             "about": suite.about.strip(),
-            "file": f"experiments/benchmark/{suite.name}.yaml",
+            "file": suite.file,
             "minutes": suite.minutes,
             "threads": suite.threads,
             "seeds": suite.seeds,

@@ -4,7 +4,6 @@ A row's result belongs to the words and to the experiment file that made it: ano
 the file, is another result. A killed training goes on from its last checkpoint.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -13,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from v2flow.benchmark.plan import Plan, facts_dict
-from v2flow.benchmark.suite import Row, Suite, evaluate_command, fit_command
+from v2flow.benchmark.plan import Plan
+from v2flow.benchmark.suite import Row, Suite, evaluate_command, fit_command, words_sha256
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
 
@@ -82,12 +82,8 @@ def kept_results(suite: Suite, plan: Plan, out: Path) -> list[Result]:
 
 def identity(suite: Suite, plan: Plan, row: Row, seed: int) -> str:
     """SHA-256 of all that decides a row's figures: its commands and its experiment file."""
-    train = None if row.tokenizer else fit_command(suite, row, seed, plan.facts[row.name].steps)
-    score = evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID")
-    digest = hashlib.sha256(json.dumps([train, score]).encode())
-    if train is not None:
-        digest.update(Path(train[train.index("--config") + 1]).read_bytes())
-    return digest.hexdigest()
+    train = [] if row.tokenizer else fit_command(suite, row, seed, plan.facts[row.name].steps)
+    return words_sha256(train, evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID"))
 
 
 def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Path, threads: int) -> Result:
@@ -96,11 +92,11 @@ def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Pat
     folder = runs / f"{name}-{key[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     start, steps = time.monotonic(), plan.facts[row.name].steps
-    train = None if row.tokenizer else fit_command(suite, row, seed, steps)
-    checkpoint, commit = row.tokenizer, current_commit()
-    if train is not None:
+    if row.tokenizer is not None:
+        train, checkpoint, commit = None, row.tokenizer, current_commit()
+    else:
+        train = fit_command(suite, row, seed, steps)
         checkpoint, commit = _train(row, train, folder, threads)
-    assert checkpoint is not None
     grid = f"pictures/{name}.png"
     score = evaluate_command(suite, row, checkpoint, str(folder / "evaluation.json"), str(out / grid))
     _call(row, score, folder / "evaluate.log", threads)
@@ -121,7 +117,7 @@ def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Pat
         "minutes": round((time.monotonic() - start) / 60, 2),
         "budget_minutes": suite.minutes,
         "step": evaluation["step"],
-        **facts_dict(plan.facts[row.name]),
+        **asdict(plan.facts[row.name]),
         "machine": machine(threads),
         "protocol": evaluation["protocol"],
         "weights": evaluation["weights"],

@@ -1,7 +1,6 @@
 """One tokenizer under measurement: its training steps, encoding and decoding, and what they hold in memory."""
 
 import copy
-import inspect
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from v2flow.decode_modes import takes_generator
 from v2flow.training.module import ReconstructionModule, seeded_generator
 
 CLIP = 3.0
@@ -34,7 +34,7 @@ class Subject:
             group["lr"] = 0.0
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.stages = self.module.training_stages()
-        self.takes_generator = "generator" in inspect.signature(self.model.decode).parameters
+        self.takes_generator = takes_generator(self.model)
         self.device, self.batch_size = device, batch_size
         noise, size = seeded_generator(device, batch_size), self.model.config.image_size
         self.images = torch.rand(batch_size, 3, size, size, generator=noise, device=device)

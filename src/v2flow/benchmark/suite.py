@@ -1,5 +1,7 @@
 """What a suite file says: rows to train or load, the budget they share, and how they are scored."""
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -77,6 +79,7 @@ class Suite:
             when the rows state their steps.
         reference: name of the row that costs are given as ratios to; None for the first.
         threads: threads of a training and of that measurement; None for all cores.
+        file: where it was read.
     """
 
     title: str
@@ -89,11 +92,16 @@ class Suite:
     minutes: Optional[float] = None
     threads: Optional[int] = None
     reference: Optional[str] = None
-    name: str = ""
+    file: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the file, which the folders of its results and trainings are named after."""
+        return Path(self.file).stem
 
 
 def read_suite(path: Path) -> Suite:
-    """The suite that a YAML file describes, named after the file.
+    """The suite that a YAML file describes.
 
     Raises:
         V2FlowError: not YAML, an unknown or missing key, or two rows of one name.
@@ -106,7 +114,7 @@ def read_suite(path: Path) -> Suite:
     except OmegaConfBaseException as error:
         raise V2FlowError(f"{path}: {str(error).splitlines()[0]}") from error
     suite = _build(Suite, values, str(path))
-    suite.name = path.stem
+    suite.file = str(path)
     suite.evaluate = _build(Evaluation, suite.evaluate, f"{path}: evaluate")
     if not isinstance(suite.rows, list) or not suite.rows:
         raise V2FlowError(f"{path}: rows: expected a list of trainings, found {suite.rows!r}")
@@ -138,7 +146,7 @@ def _check_rows(rows: list[Row], path: Path) -> None:
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:
-    known = [f.name for f in fields(kind) if not (kind is Suite and f.name == "name")]
+    known = [f.name for f in fields(kind) if not (kind is Suite and f.name == "file")]
     if not isinstance(values, dict):
         raise V2FlowError(f"{where}: expected the keys {', '.join(known)}, found {type(values).__name__}")
     unknown = sorted(set(values) - set(known))
@@ -170,6 +178,15 @@ def fit_command(suite: Suite, row: Row, seed: int, steps: int | None) -> list[st
 
 VALIDATIONS = 5
 """Times a row is validated on its way; its number of steps is a multiple of this."""
+
+
+def words_sha256(*commands: list[str]) -> str:
+    """SHA-256 of commands and of the experiment files that they name: what a result or a measurement belongs to."""
+    digest = hashlib.sha256(json.dumps(commands).encode())
+    for words in commands:
+        if "--config" in words:
+            digest.update(Path(words[words.index("--config") + 1]).read_bytes())
+    return digest.hexdigest()
 
 
 def evaluate_command(suite: Suite, row: Row, checkpoint: str, out: str, grid: str) -> list[str]:

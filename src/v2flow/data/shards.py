@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -224,6 +225,31 @@ def open_shard(name: str, manifests: dict[str, dict[str, ShardIndex]] | None = N
     return _open_remote(name, manifests) if _SCHEME.match(name) else _open_local(name, manifests)
 
 
+def folder_manifest(folder: str) -> tuple[dict[str, Any], dict[str, ShardIndex]]:
+    """How the shards of a folder, local or remote, were built, and their indexes; both empty without a manifest.
+
+    Raises:
+        V2FlowError: a manifest that is not v2flow's.
+    """
+    if "://" in folder:
+        place = f"{folder}/{MANIFEST}"
+        text = fetch_text(place)
+    else:
+        place = str(Path(folder) / MANIFEST)
+        text = Path(place).read_text(errors="replace") if Path(place).is_file() else None
+    return read_manifest(text, place) if text is not None else ({}, {})
+
+
+def shard_places(shards: Shards, allow_pipe: bool = False) -> set[str]:
+    """Where shards lie, local ones by their real path: two names of one shard are one place.
+
+    Raises:
+        V2FlowError: see :func:`expand_shards`.
+    """
+    names = expand_shards(shards, allow_pipe)
+    return {os.path.realpath(name) if os.path.exists(name) else name for name in names}
+
+
 def _open_local(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard:
     path = Path(name)
     try:
@@ -234,11 +260,9 @@ def _open_local(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard
         raise V2FlowError(
             f"{name}: expected a tar file, found a folder; use {name}/*.tar for the shards in it"
         )
-    manifest = path.with_name(MANIFEST)
     folder = str(path.parent)
     if folder not in manifests:
-        text = manifest.read_text(errors="replace") if manifest.is_file() else None
-        manifests[folder] = read_manifest(text, str(manifest))[1] if text is not None else {}
+        manifests[folder] = folder_manifest(folder)[1]
     expected = manifests[folder].get(path.name)
     if expected is not None:
         check_against_manifest(status.st_size, expected, path, name)
@@ -255,8 +279,7 @@ def _open_remote(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shar
     version = f"{found.size}-{found.version}"
     folder, _, file = name.rpartition("/")
     if "?" not in name and folder not in manifests:
-        text = fetch_text(f"{folder}/{MANIFEST}")
-        manifests[folder] = read_manifest(text, f"{folder}/{MANIFEST}")[1] if text is not None else {}
+        manifests[folder] = folder_manifest(folder)[1]
     expected = manifests.get(folder, {}).get(file)
     if expected is None:
         return Shard(name, _index_of_fetched(name, version), version, True)

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from v2flow.data.batches import EvaluationBatches, Reader, SampleReader
-from v2flow.data.http import fetch_text
 from v2flow.data.loaders import EvaluationLoader
-from v2flow.data.manifest import FIELDS, MANIFEST, read_manifest
-from v2flow.data.shards import Shards, ShardSet, open_shards
+from v2flow.data.manifest import FIELDS
+from v2flow.data.shards import Shards, ShardSet, folder_manifest, open_shards
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
+from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.fingerprint import tokenizer_sha256
 
@@ -96,8 +96,8 @@ def check_source(shards: ShardSet, expected: TokenSource) -> None:
         V2FlowError: what differs.
     """
     for folder in sorted({_parent(shard.name) for shard in shards.shards if "pipe:" not in shard.name}):
-        build = _build_of(folder)
-        if build is None:
+        build, _ = folder_manifest(folder)
+        if not build:
             continue
         if build.get("kind") != "tokens":
             raise V2FlowError(
@@ -122,16 +122,6 @@ _NAMES = {
 
 def _parent(name: str) -> str:
     return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
-
-
-def _build_of(folder: str) -> dict[str, Any] | None:
-    """How the shards of a folder were built; None without a manifest."""
-    place = f"{folder}/{MANIFEST}"
-    if "://" in folder:
-        text = fetch_text(place)
-    else:
-        text = Path(place).read_text(errors="replace") if Path(place).is_file() else None
-    return None if text is None else read_manifest(text, place)[0]
 
 
 def build_tokens(
@@ -175,7 +165,7 @@ def build_tokens(
     finished = finished_build(Path(out), build)
     if finished is not None:
         return finished
-    tokenizer = tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = tokenizer.to(pick_device())
     reader = SampleReader(opened, tokenizer.config.image_size, captions=True)
     loader = EvaluationLoader(EvaluationBatches(reader, len(opened)), batch_size, num_workers)
     return write_shards(Path(out), _samples(tokenizer, opened, splits, loader, progress), build)

@@ -1,8 +1,7 @@
 """The one place where a tokenizer's reconstructions are scored: the callback and `v2flow evaluate` both use it."""
 
 import hashlib
-import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from v2flow.decode_modes import takes_generator
 from v2flow.errors import V2FlowError
 from v2flow.metrics.codebook import CodebookUsage
+from v2flow.metrics.extractors import FeatureNetwork
 from v2flow.metrics.features import FeatureDistances, FeatureNetworks, picture_digests
 from v2flow.metrics.reconstruction import PSNR_CAP_DB, ReconstructionMetrics, to_uint8
 from v2flow.ranks import world
@@ -64,7 +65,7 @@ class ReconstructionEvaluator:
         self.grid_images = grid_images
         # Metal has no fp64: there the figures, not the model, are computed on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
-        self.takes_generator = "generator" in inspect.signature(self.model.decode).parameters
+        self.takes_generator = takes_generator(self.model)
         self.reconstruction = {mode: ReconstructionMetrics().to(self.device) for mode in self.modes}
         self.codebook = CodebookUsage(self.model.codebook_size).to(self.device)
         self.distances: FeatureDistances | None = None
@@ -190,16 +191,19 @@ class ReconstructionEvaluator:
             "batch_size": self.batch_size,
             "ranks": world()[1],
             "device": self.device.type,
-            "libraries": {name: _version(name) for name in LIBRARIES},
+            "libraries": library_versions(LIBRARIES),
         }
         if self.networks is not None:
-            networks = self.networks.networks
-            protocol["extractors"] = [{"name": n.identity, "resolution": n.resolution} for n in networks]
-            protocol["kid"] = "unbiased squared MMD, kernel (x·y/d + 1)^3, over the whole set"
+            protocol |= describe_networks(self.networks.networks)
             protocol["kid_u"] = "the same without the kernel between a picture and its own reconstruction"
             protocol["kid_se"] = "delete-one jackknife; a picture and its reconstruction leave together"
             protocol["real_vs_real"] = "pictures at even positions against those at odd positions"
         return protocol
+
+
+def library_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Package -> its version, for a protocol."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:
@@ -207,3 +211,11 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def describe_networks(networks: Sequence[FeatureNetwork]) -> dict[str, Any]:
+    """What a protocol says of the networks behind feature distances, and of the kernel distance."""
+    return {
+        "extractors": [{"name": n.identity, "resolution": n.resolution} for n in networks],
+        "kid": "unbiased squared MMD, kernel (x·y/d + 1)^3, over the whole set",
+    }

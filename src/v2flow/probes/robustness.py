@@ -1,6 +1,5 @@
 """Quality against a growing share of wrong tokens: a generator that writes them will make mistakes."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from v2flow.baselines.autoencoder import Autoencoder
+from v2flow.decode_modes import takes_generator
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import FOLDER_MODES, evaluate_model
 from v2flow.probes.findings import Batches, Findings, ProbeSettings
@@ -90,7 +90,7 @@ class MistakenTokenizer(nn.Module):
         self.codebook_size: int = model.codebook_size
         self.near = None if codes is None else nearest_other(codes)
         self.options = FOLDER_MODES["one_step"] if isinstance(model, V2FlowTokenizer) else {}
-        self.takes_generator = "generator" in inspect.signature(model.decode).parameters
+        self.takes_generator = takes_generator(model)
 
     def encode(self, images: Tensor) -> Tensor:
         """Ids `[B, N]` of pictures `[B, 3, H, W]`."""

@@ -16,7 +16,7 @@ from v2flow.t2i.image_loss import ImageLoss, image_log_likelihood, image_loss
 from v2flow.t2i.sequences import caption_ids, join
 from v2flow.t2i.text_loss import HELD_OUT, caption_loss, text_perplexity
 from v2flow.t2i.visual_rows import VisualRows
-from v2flow.tokenizer import V2FlowTokenizer, check_ids
+from v2flow.tokenizer import V2FlowTokenizer, check_ids, inference
 
 MEAN = {"steps": 1, "temperature": 0.0}
 """How ids become pictures unless the user says otherwise: the conditional mean, as for an exported tokenizer."""
@@ -99,8 +99,9 @@ class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
         return replace(found, total=found.total + text_weight * text, text=text)
 
     def text_perplexity(self, texts: Sequence[str] = HELD_OUT) -> float:
-        """Perplexity of texts over the whole vocabulary, visual tokens included."""
-        return text_perplexity(self.llm, self.rows, self.llm_tokenizer, texts)
+        """Perplexity of texts over the whole vocabulary, visual tokens included, in evaluation mode."""
+        with inference(self):
+            return text_perplexity(self.llm, self.rows, self.llm_tokenizer, texts)
 
     def log_likelihood(self, captions: Sequence[str | None], ids: Tensor) -> Tensor:
         """Log-likelihood `[B]` in nats of the pictures' ids `[B, N]` given their captions."""

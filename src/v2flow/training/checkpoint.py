@@ -16,8 +16,11 @@ from v2flow.errors import V2FlowError
 from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_config, read_weights
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """The contents of a Lightning checkpoint made by v2flow; plain types and tensors only.
+
+    Args:
+        mmap: leave the tensors on disk until they are used: for a look at what a checkpoint says of itself.
 
     Raises:
         V2FlowError: missing, damaged, holding other objects than tensors and plain types, or somebody else's.
@@ -26,7 +29,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise V2FlowError(f"{path}: no such checkpoint; expected a .ckpt file or an exported folder")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise V2FlowError(

@@ -157,8 +157,8 @@ class ReconstructionCallback(Callback):
             # Equal on every rank: the synchronising mean changes nothing.
             pl_module.log(f"{stage}/{name}", value, prog_bar=name == "psnr", sync_dist=True, batch_size=1)
         directory = log_directory(trainer)
-        if stage == "val" and trainer.is_global_zero and not is_dry_run(trainer):
-            append_json_line(directory / "validation.jsonl", {"step": trainer.global_step} | figures)
+        if stage == "val":
+            record_validation(trainer, figures)
         if self.grid_images > 0 and trainer.is_global_zero and not is_dry_run(trainer):
             name = "test" if stage == "test" else f"step-{trainer.global_step:06d}"
             path = directory / "grids" / f"{name}.png"
@@ -243,6 +243,13 @@ def averaged_weights(trainer: Trainer, pl_module: Any) -> Iterator[str]:
 def log_directory(trainer: Trainer) -> Path:
     """The logger's folder, else the trainer's root; every rank must call it (it is broadcast)."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def record_validation(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    """Adds a validation's figures to LOGDIR/validation.jsonl; every rank must call it."""
+    directory = log_directory(trainer)
+    if trainer.is_global_zero and not is_dry_run(trainer):
+        append_json_line(directory / "validation.jsonl", {"step": trainer.global_step, **figures})
 
 
 @rank_zero_only

@@ -1,6 +1,5 @@
 """What every stage's LightningDataModule shares: shards by split, loaders, positions that can be saved."""
 
-import os
 from typing import Any, Optional, Union
 
 from lightning.pytorch import LightningDataModule
@@ -8,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from v2flow.data.batches import EvaluationBatches, Reader, TrainBatches
 from v2flow.data.loaders import EvaluationLoader, TrainLoader
-from v2flow.data.shards import ShardSet, expand_shards, open_shards
+from v2flow.data.shards import ShardSet, open_shards, shard_places
 from v2flow.errors import V2FlowError
 from v2flow.ranks import world
 
@@ -89,10 +88,9 @@ class StreamingDataModule(LightningDataModule):
         """Shards of a split as far as they are there, local ones by their real path."""
         named = getattr(self, split)
         try:
-            names = expand_shards(named, self.allow_pipe) if named is not None else []
+            return shard_places(named, self.allow_pipe) if named is not None else set()
         except V2FlowError:
             return set()  # reported where the split is needed
-        return {os.path.realpath(name) if os.path.exists(name) else name for name in names}
 
     def shards(self, split: str) -> ShardSet:
         """The opened shards of `train`, `val` or `test`.

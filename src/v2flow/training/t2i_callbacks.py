@@ -5,11 +5,10 @@ from typing import Any, Optional
 from lightning.pytorch import Callback, Trainer
 
 from v2flow.errors import V2FlowError
-from v2flow.metrics.files import append_json_line, write_json
+from v2flow.metrics.files import write_json
 from v2flow.metrics.scene_verifier import score_scenes
 from v2flow.t2i.generation import GenerationOptions
 from v2flow.t2i.metrics.evaluation import TextToImageEvaluation, evaluate_text_to_image
-from v2flow.t2i.metrics.language import perplexity
 from v2flow.t2i.metrics.retrieval import retrieval_accuracy
 from v2flow.t2i.metrics.rows import Drawing
 from v2flow.t2i.metrics.samples import CaptionedSamples, read_samples
@@ -19,6 +18,7 @@ from v2flow.training.metric_callbacks import (
     describe_data,
     is_dry_run,
     log_directory,
+    record_validation,
     scored_checkpoint,
     written_checkpoints,
 )
@@ -75,16 +75,7 @@ class TextToImageCallback(Callback):
         self.drawing = Drawing(vars(sampling), batch_size=batch_size, seed=seed)
         self._samples: dict[str, CaptionedSamples] = {}
         self._figures: Optional[dict[str, float]] = None
-        self._perplexity_before: Optional[float] = None
         self._result: Optional[TextToImageEvaluation] = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The LLM's perplexity before the training, which a resumed run cannot measure."""
-        return {"perplexity_before": self._perplexity_before}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
-        self._perplexity_before = state_dict["perplexity_before"]
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be scored before any work is done.
@@ -117,11 +108,6 @@ class TextToImageCallback(Callback):
                 f"option ways: expected at most {groups}, the groups of captions in data.{split}, found {self.ways}"
             )
         self._samples = {split: samples}
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measures the LLM's language before the training."""
-        if self._samples and trainer.global_step == 0 and not is_dry_run(trainer):
-            self._perplexity_before = perplexity(pl_module.model)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
@@ -164,9 +150,8 @@ class TextToImageCallback(Callback):
             pl_module.log(
                 f"{stage}/{name}", value, prog_bar=name == "retrieval", sync_dist=True, batch_size=1
             )
-        directory = log_directory(trainer)
-        if stage == "val" and trainer.is_global_zero and not is_dry_run(trainer):
-            append_json_line(directory / "validation.jsonl", {"step": trainer.global_step} | self._figures)
+        if stage == "val":
+            record_validation(trainer, self._figures)
         self._figures = None
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -185,7 +170,7 @@ class TextToImageCallback(Callback):
                 drawing=self.drawing,
                 features=self.final_features,
                 training=open_training_set(data.train, model.tokenizer, data.num_workers, data.allow_pipe),
-                perplexity_before=self._perplexity_before,
+                perplexity_before=pl_module.perplexity_before,
                 protocol=describe_data(trainer) | {"weights": weights},
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )

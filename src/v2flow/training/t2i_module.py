@@ -33,6 +33,9 @@ class TextToImageModule(SeededModule):
         text_to_image: what the model is made of and what of it learns.
         optimizer: AdamW and its schedule.
         seed: of every random draw of the training.
+
+    Attributes:
+        perplexity_before: of the held-out text under the LLM before the training; None until it is measured.
     """
 
     # Where things lie and how memory is used; hashes say what they are.
@@ -50,6 +53,7 @@ class TextToImageModule(SeededModule):
         self.config = text_to_image
         self.decode_modes: dict[str, dict[str, Any]] = _MEAN_ONLY
         self.model: V2FlowForTextToImage = build_text_to_image(text_to_image)
+        self.perplexity_before: float | None = None
         self.source = source_of(self.model.tokenizer)
         self._llm_sha256 = language_model_sha256(self.model.llm)
         self.model.train()  # for adapters and recomputation: the tokenizer has no part in training
@@ -90,15 +94,20 @@ class TextToImageModule(SeededModule):
                     raise V2FlowError(f"{where}: {error} (option text_to_image.max_caption)") from error
 
     def on_fit_start(self) -> None:
-        """The LLM's language before the training."""
-        if self.global_step == 0 and not getattr(self.trainer, "fast_dev_run", False):
-            found = self._perplexity()
-            rank_zero_info(f"text perplexity before the training: {found:.1f}")
+        """Measures the LLM's language before the training; a resumed one has it from its checkpoint."""
+        if self.perplexity_before is None and not getattr(self.trainer, "fast_dev_run", False):
+            self.perplexity_before = self.model.text_perplexity()
+            rank_zero_info(f"text perplexity before the training: {self.perplexity_before:.1f}")
             for logger in self.loggers:
-                logger.log_metrics({"val/text_perplexity": found}, step=0)
+                logger.log_metrics({"val/text_perplexity": self.perplexity_before}, step=0)
 
-    def _perplexity(self) -> float:
-        return self.model.text_perplexity()
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["v2flow"]["perplexity_before"] = self.perplexity_before
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.perplexity_before = checkpoint["v2flow"].get("perplexity_before")
 
     def losses(
         self, captions: list[str | None], ids: Tensor, generator: torch.Generator
@@ -139,7 +148,7 @@ class TextToImageModule(SeededModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self.log("val/text_perplexity", self._perplexity(), sync_dist=True)
+            self.log("val/text_perplexity", self.model.text_perplexity(), sync_dist=True)
 
     def describe(self) -> dict[str, Any]:
         small = self.config.llm.startswith(PREFIX)

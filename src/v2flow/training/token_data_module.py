@@ -1,6 +1,5 @@
 """The LightningDataModule of stage 2: shards of token ids in, batches of ids, captions and keys out."""
 
-import hashlib
 from typing import Optional, Union
 
 import numpy as np
@@ -74,13 +73,3 @@ class TokenDataModule(StreamingDataModule):
         lengths = shards.caption_bytes()
         order = np.argsort(-lengths, kind="stable")[:count].tolist()
         return {shards.where(sample): reader.caption(sample) for sample in order}
-
-    def eval_fingerprint(self, split: str) -> str:
-        """SHA-256 that names a set of evaluation samples: keys in their order and their count."""
-        shards = self.shards(split)
-        limit = {"val": self.val_limit, "test": self.test_limit}.get(split)
-        count = min(len(shards), limit or len(shards))
-        digest = hashlib.sha256(f"tokens count={count}\n".encode())
-        for sample in range(count):
-            digest.update(shards.key(sample).encode() + b"\n")
-        return digest.hexdigest()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from v2flow.config import from_dict
+from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import describe_shards
 from v2flow.metrics.files import write_json
@@ -56,7 +57,7 @@ def evaluate_text_to_image_checkpoint(
     Raises:
         V2FlowError: unusable checkpoint, data or option.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
     model = load_text_to_image(path).to(place)
     samples = read_samples(data, model.tokenizer, limit=limit, num_workers=num_workers, allow_pipe=allow_pipe)
     training = None
@@ -91,7 +92,7 @@ def _before_training(path: str | Path, wanted: bool) -> tuple[int | None, Any, s
     if Path(path).is_dir():
         note = "an exported folder does not hold the model before its training: evaluate the .ckpt file"
         return None, None, note if wanted else None
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mmap=True)
     step = checkpoint.get("global_step")
     if not wanted:
         return step, None, None

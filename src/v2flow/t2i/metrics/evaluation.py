@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from torch import Tensor
 from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
 from v2flow.images import save_grid
-from v2flow.metrics.evaluator import LIBRARIES
+from v2flow.metrics.evaluator import LIBRARIES, describe_networks, library_versions
 from v2flow.metrics.extractors import FeatureNetwork
 from v2flow.metrics.features import load_networks
 from v2flow.metrics.files import write_atomically
 from v2flow.t2i.generation import generation_options
 from v2flow.t2i.metrics.clip_score import clip_rows
-from v2flow.t2i.metrics.language import image_positions, perplexity
+from v2flow.t2i.metrics.language import image_positions
 from v2flow.t2i.metrics.picture_distance import distance_rows
 from v2flow.t2i.metrics.retrieval import retrieval_accuracy
 from v2flow.t2i.metrics.rows import (
@@ -110,9 +109,9 @@ def evaluate_text_to_image(
     report["retrieval"] = retrieval_accuracy(
         model, samples, ways, drawing.seed, retrieval_pictures, progress=progress
     )
-    report["language"] = {"perplexity": perplexity(model)}
+    report["language"] = {"perplexity": model.text_perplexity()}
     if untrained is not None:
-        perplexity_before = perplexity(untrained)
+        perplexity_before = untrained.text_perplexity()
     if perplexity_before is not None:
         report["language"]["perplexity_before"] = perplexity_before
     report["language"] |= image_positions(model, samples.first(POSITION_PICTURES))
@@ -187,18 +186,10 @@ def _protocol(
         "words_shuffled": "drawn of captions whose words were dealt out anew among all of them",
         "image_positions": f"text_mass and nats_per_token over the first {min(POSITION_PICTURES, len(whole))} pictures",
         "device": model.device.type,
-        "libraries": {name: _version(name) for name in (*LIBRARIES, "transformers", "tokenizers")},
+        "libraries": library_versions((*LIBRARIES, "transformers", "tokenizers")),
     }
     if networks:
-        protocol["extractors"] = [{"name": n.identity, "resolution": n.resolution} for n in networks]
-        protocol["kid"] = "unbiased squared MMD, kernel (x·y/d + 1)^3, over the whole set"
+        protocol |= describe_networks(networks)
         protocol["kid_se"] = "delete-one jackknife of both sets; of pairs for reconstructions"
         protocol["pair"] = "mean cosine of features with the real picture of the caption, less the real mean"
     return protocol
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -1,4 +1,4 @@
-"""What training does to the LLM's language, and how much of it would leak into pictures."""
+"""How much of the LLM's text would leak into pictures."""
 
 from typing import Any
 
@@ -6,12 +6,6 @@ import torch
 
 from v2flow.t2i.metrics.samples import CaptionedSamples
 from v2flow.tokenizer import inference
-
-
-def perplexity(model: Any) -> float:
-    """Perplexity of the held-out text of `text_loss` under a text-to-image model's LLM, in evaluation mode."""
-    with inference(model):
-        return model.text_perplexity()
 
 
 @torch.no_grad()
