@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from v2flow.cli_data_latents import add_latents_verb
 from v2flow.errors import V2FlowError
 
 
@@ -18,6 +19,7 @@ def add_data_verbs(verbs: Any) -> None:
     _add_domains(kinds)
     _add_shapes(kinds)
     _add_tokens(kinds)
+    add_latents_verb(kinds)
     validate = _add_kind(kinds, "validate", run_validate, "counts, sizes and bad members of shards")
     validate.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="files or URLs, with braces or wildcards"

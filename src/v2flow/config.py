@@ -86,6 +86,9 @@ class ResamplerConfig:
     """Share of the training after which noise and temperature stay at their end values."""
     hard: bool = False
     """One-hot forward pass with the soft gradient (straight-through) instead of the soft mixture."""
+    memory_budget_mb: float = 256.0
+    """MB for the logits of all tokens over the vocabulary and what is made of them: where they need more, they are
+    computed in tiles, forward and backward, and never held together. Results are the same but for rounding."""
 
     def __post_init__(self) -> None:
         _require(len(self.token_grid) == 2 and min(self.token_grid) >= 1, "resampler.token_grid",
@@ -97,6 +100,8 @@ class ResamplerConfig:
         _require(self.readout != "none" or not (self.hard or any(self.noise)), "resampler.noise and hard",
                  "0 and false with readout=none, which has no distribution", (self.noise, self.hard))  # fmt: skip
         _require(0 < self.schedule_end <= 1, "resampler.schedule_end", "a share in (0, 1]", self.schedule_end)
+        _require(self.memory_budget_mb > 0, "resampler.memory_budget_mb", "a positive number of MB",
+                 self.memory_budget_mb)  # fmt: skip
 
 
 @dataclass

@@ -4,13 +4,16 @@ Paper section 3.2 (visual vocabulary resampler); the reference reads the logits 
 draws Gumbel noise at inference as well. Here noise is for training only, so the same picture gives the same ids.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow.config import ResamplerConfig
+from v2flow.vocabulary_attention import SoftDistribution, vocabulary_attention
+from v2flow.vocabulary_logits import GumbelNoise, Logits, block_shape
+from v2flow.vocabulary_tiles import fit_tiles
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -54,23 +57,6 @@ class PatchEncoder(nn.Module):
         return self.norm(self.after(x)).flatten(2).transpose(1, 2)
 
 
-@dataclass
-class SoftDistribution:
-    """What the resampler says of each visual token.
-
-    Attributes:
-        probabilities: `[B, N, V]`, rows sum to 1; `[B, N, 0]` with readout=none.
-        embeddings: expected embeddings of the (centred) table, `[B, N, D]`; the queries with readout=none.
-    """
-
-    probabilities: Tensor
-    embeddings: Tensor
-
-    def entropy(self) -> Tensor:
-        """Entropy of each token's distribution in nats, `[B, N]`."""
-        return -(self.probabilities * self.probabilities.clamp_min(1e-12).log()).sum(-1)
-
-
 class VisualVocabularyResampler(nn.Module):
     """Latents to soft distributions over the frozen table and their expected embeddings.
 
@@ -81,6 +67,9 @@ class VisualVocabularyResampler(nn.Module):
 
     Attributes:
         dim: width of the embeddings that come out.
+
+    Raises:
+        V2FlowError: a memory budget that some batch of pictures would not fit into.
     """
 
     table: Tensor
@@ -90,6 +79,11 @@ class VisualVocabularyResampler(nn.Module):
         self.config = config
         self.encoder = PatchEncoder(channels, config)
         self.register_buffer("table", table, persistent=False)
+        if config.readout != "none":
+            # Refused before any work: pictures are encoded in double precision (V2FlowTokenizer.encode).
+            double = table.new_zeros((), dtype=torch.float64).expand_as(table)
+            budget, tokens = int(config.memory_budget_mb * 2**20), block_shape(table.device)[0]
+            fit_tiles(tokens, double, double.dtype, budget, any(config.noise))
         self.dim = table.shape[1] if config.readout != "none" else config.key_dim
         if config.readout == "none":
             self.query = nn.Linear(config.width, config.key_dim)
@@ -99,47 +93,57 @@ class VisualVocabularyResampler(nn.Module):
         else:
             self.logits = nn.Linear(config.width, table.shape[0])
 
-    def _logits(self, features: Tensor) -> Tensor:
-        if self.config.readout == "linear":
-            return self.logits(features)
-        keys = F.normalize(self.table @ self.key, dim=-1)
-        return self.config.scale * F.normalize(self.query(features), dim=-1) @ keys.T
-
     def forward(
-        self, latents: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+        described: int | None = None,
+        top: int = 1,
     ) -> SoftDistribution:
         """Latents `[B, C, h, w]` to distributions; Gumbel noise only in training mode.
 
+        With readout=none the embeddings are the queries, and there are no words and no entropy.
+
         Args:
             progress: share of the training done, in [0, 1]; sets noise amplitude and temperature.
+            generator: source of the noise.
+            described: pictures whose entropy and most probable words are wanted, the first so many; None = all.
+            top: words of each token.
         """
         features = self.encoder(latents)
         if self.config.readout == "none":
             queries = self.query(features)
-            return SoftDistribution(queries[..., :0], queries)
+            nothing = queries.detach()[:described, :, :0]
+            return SoftDistribution(queries, nothing.sum(-1), nothing.long(), nothing)
         # Softmax over thousands of entries and the expected embedding stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
             logits = self._logits(features.to(torch.promote_types(features.dtype, torch.float32)))
             amplitude, temperature = self._schedule(progress)
+            noise = None
             if self.training and amplitude > 0:
-                uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-                logits = logits - amplitude * (-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
-            if temperature != 1.0:  # a division of every logit by one costs as much as the softmax
-                logits = logits / temperature
-            probabilities = F.softmax(logits, dim=-1)
-            mixture = _straight_through(probabilities) if self.config.hard else probabilities
-            return SoftDistribution(probabilities, mixture @ self.table)
+                noise = GumbelNoise.draw(amplitude, generator, features.device)
+            return vocabulary_attention(
+                replace(logits, noise=noise, temperature=temperature),
+                self.table,
+                self.config.hard,
+                described,
+                top,
+                self.config.memory_budget_mb,
+            )
+
+    def _logits(self, features: Tensor) -> Logits:
+        """Without noise and temperature."""
+        if self.config.readout == "linear":
+            return Logits(features, self.logits.weight, self.logits.bias)
+        queries = self.config.scale * F.normalize(self.query(features), dim=-1)
+        return Logits(queries, F.normalize(self.table @ self.key, dim=-1))
 
     def _schedule(self, progress: float) -> tuple[float, float]:
         """Noise amplitude and softmax temperature at this share of the training."""
         done = min(max(progress, 0.0) / self.config.schedule_end, 1.0)
         (n0, n1), (t0, t1) = self.config.noise, self.config.temperature
         return n0 + (n1 - n0) * done, t0 + (t1 - t0) * done
-
-
-def _straight_through(probabilities: Tensor) -> Tensor:
-    hard = F.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).to(probabilities.dtype)
-    return hard + probabilities - probabilities.detach()
 
 
 def _whitening(table: Tensor, dim: int) -> Tensor:

@@ -17,8 +17,11 @@ from v2flow.flow import FlowHead
 from v2flow.hub import PretrainedMixin
 from v2flow.llm import LLMVocabulary, load_vocabulary
 from v2flow.masked_decoder import MaskedAutoregressiveDecoder, draw_mask
-from v2flow.resampler import SoftDistribution, VisualVocabularyResampler
+from v2flow.resampler import VisualVocabularyResampler
 from v2flow.visual_vocabulary import VisualVocabulary
+
+HEALTH_PICTURES = 4
+"""Pictures of a batch whose distributions are looked at in training."""
 
 
 @dataclass
@@ -111,11 +114,18 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         """
         with torch.no_grad():
             latents = self.codec.encode(check_images(images, self.config.image_size))
-        batch, device = len(images), images.device
+        return self.latent_losses(latents, progress, generator)
+
+    def latent_losses(
+        self, latents: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
+    ) -> TokenizerLosses:
+        """`losses` of pictures whose codec latents `[B, C, h, w]` are at hand."""
+        batch, device = len(latents), latents.device
         positions = latents.flatten(2).transpose(1, 2)
         frozen = self.config.velocity.stage(progress) == "field"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            soft = self.resampler(latents, progress, generator)
+            # Health figures from the first pictures only: over the whole batch they would cost as much as the look-up.
+            soft = self.resampler(latents, progress, generator, described=HEALTH_PICTURES)
             quantized = self.visual_vocabulary(soft.embeddings, generator)
             mask = draw_mask(batch, positions.shape[1], self.config.decoder, generator, device)
             null = (
@@ -128,11 +138,9 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         flow = self.head.loss(positions, condition, mask, generator, progress, null if residual else None)
         total = flow.total + self.config.visual_vocabulary.commitment * quantized.commitment
         with torch.no_grad():
-            # Health figures from the first pictures only: over the whole batch they would cost as much as the look-up.
-            entropy = SoftDistribution(soft.probabilities[:4], soft.embeddings[:4]).entropy().mean()
-            agreement = self._agreement(soft.probabilities[:4], quantized.ids[:4])
+            agreement = self._agreement(soft.words, quantized.ids[:HEALTH_PICTURES])
         return TokenizerLosses(
-            total, flow.mean, flow.flow, quantized.commitment, entropy, agreement, quantized.ids
+            total, flow.mean, flow.flow, quantized.commitment, soft.entropy.mean(), agreement, quantized.ids
         )
 
     def windows(self) -> dict[str, tuple[float, float]]:
@@ -143,11 +151,11 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         field = (1 - alone, 1.0)
         return {"head.field.": field, "head.null_condition": field, "": (0.0, 1 - alone)}
 
-    def _agreement(self, probabilities: Tensor, ids: Tensor) -> Tensor:
-        """Share of tokens whose most probable word alone gives the same id as the soft mixture."""
-        if not probabilities.shape[-1]:
-            return probabilities.new_zeros(())
-        table = nn.functional.normalize(self.resampler.table[probabilities.argmax(-1)], dim=-1)
+    def _agreement(self, words: Tensor, ids: Tensor) -> Tensor:
+        """Share of tokens whose most probable word, of `words` `[b, N, 1]`, alone gives the same id as the mixture."""
+        if not words.shape[-1]:
+            return torch.zeros((), device=ids.device)
+        table = nn.functional.normalize(self.resampler.table[words[..., 0]], dim=-1)
         return (self.visual_vocabulary.nearest(table) == ids).float().mean()
 
     @torch.no_grad()
@@ -165,13 +173,15 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         with inference(self), torch.autocast(images.device.type, enabled=False):
             latents = self.codec.encode(images.float())
             state = {k: v.double() for k, v in _state(self.resampler).items()}
-            soft = functional_call(self.resampler, state, (latents.double(),))
+            options = {"described": None if return_soft else 0, "top": top_words}
+            soft = functional_call(self.resampler, state, (latents.double(),), options)
             directions = nn.functional.normalize(soft.embeddings, dim=-1)
             ids = (directions @ self.visual_vocabulary.codes.double().T).argmax(-1)
         if not return_soft:
             return ids
-        probabilities, words = soft.probabilities.topk(min(top_words, soft.probabilities.shape[-1]), dim=-1)
-        return SoftTokens(ids, soft.embeddings.float(), words, probabilities.float(), soft.entropy().float())
+        return SoftTokens(
+            ids, soft.embeddings.float(), soft.words, soft.probabilities.float(), soft.entropy.float()
+        )
 
     @torch.no_grad()
     def decode(self, ids: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:

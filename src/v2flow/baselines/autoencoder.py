@@ -87,6 +87,10 @@ class Autoencoder(nn.Module):
         their reconstructions, with gradient."""
         with torch.no_grad():
             latents = self.codec.encode(check_images(images, self.config.image_size))
+        return self.reconstruct_latents(latents)
+
+    def reconstruct_latents(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """What calling the model gives, of pictures whose codec latents `[B, C, h, w]` are at hand."""
         codes, _, auxiliary = self.quantizer(self.features(latents))
         reconstructed = self.latents(codes)
         error = (reconstructed - latents).square().mean()

@@ -1,6 +1,7 @@
 """Training of the baselines under Lightning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -53,7 +54,12 @@ class AutoencoderModule(ReconstructionModule):
             torch.manual_seed(seed)
             self.model: Autoencoder = kind(autoencoder)
 
+    @property
+    def needs_pictures(self) -> str | None:
+        return "option pixel_losses" if self.pixel_losses.active else None
+
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         self.model.follow_process_group()
         if stage == "fit":
             self._pixel_networks(self.trainer.strategy.root_device)
@@ -73,10 +79,7 @@ class AutoencoderModule(ReconstructionModule):
     def training_losses(
         self, images: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        # The library replaces dead codes from torch's global generator.
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(generator.initial_seed())
+        with self._draws_of(generator):
             total, terms, latents = self.model(images)
         networks = self._pixel_networks(images.device)
         if networks is None:
@@ -85,6 +88,21 @@ class AutoencoderModule(ReconstructionModule):
         step = round(progress * self.optimizer_config.total_steps)
         extra, more = networks(images, pixels, terms["mean"], self.model.output.weight, step)
         return {"loss": total + extra} | terms | more
+
+    def latent_losses(
+        self, latents: Tensor, progress: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        with self._draws_of(generator):
+            total, terms, _ = self.model.reconstruct_latents(latents)
+        return {"loss": total} | terms
+
+    @contextmanager
+    def _draws_of(self, generator: torch.Generator) -> Iterator[None]:
+        """The library replaces dead codes from torch's global generator."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(generator.initial_seed())
+            yield
 
     def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         total, terms = self.model.losses(images)

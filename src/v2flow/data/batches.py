@@ -71,6 +71,10 @@ class Reader(ABC):
             BadSampleError: there is nothing that can be used.
         """
 
+    def mirrored(self, content: np.ndarray) -> np.ndarray:
+        """The content of a picture's mirror image, if there are pictures."""
+        raise NotImplementedError
+
     @abstractmethod
     def blank(self) -> np.ndarray:
         """What stands for a sample that cannot be used."""
@@ -143,6 +147,9 @@ class SampleReader(Reader):
                 self._room -= picture.nbytes
         return picture
 
+    def mirrored(self, content: np.ndarray) -> np.ndarray:
+        return content[:, ::-1]
+
     def blank(self) -> np.ndarray:
         """White, uint8 [S, S, 3]."""
         return np.full((self.image_size, self.image_size, 3), 255, np.uint8)
@@ -207,7 +214,7 @@ class TrainBatches(Dataset):
             place = 0.5 if places is None else float(places[row])
             sample, content = self._first_good(request, int(positions[row]), sample, place, bad)
             chosen.append(sample)
-            contents.append(content[:, ::-1] if flips is not None and flips[row] else content)
+            contents.append(self.reader.mirrored(content) if flips is not None and flips[row] else content)
         batch = self.reader.batch(chosen, contents, np.ones(request.count, bool))
         batch.bad = bad
         return batch

@@ -95,7 +95,7 @@ def check_source(shards: ShardSet, expected: TokenSource) -> None:
     Raises:
         V2FlowError: what differs.
     """
-    for folder in sorted({_parent(shard.name) for shard in shards.shards if "pipe:" not in shard.name}):
+    for folder in sorted({folder_of(shard.name) for shard in shards.shards if "pipe:" not in shard.name}):
         build, _ = folder_manifest(folder)
         if not build:
             continue
@@ -120,7 +120,8 @@ _NAMES = {
 }
 
 
-def _parent(name: str) -> str:
+def folder_of(name: str) -> str:
+    """Folder of a shard, local or by its URL."""
     return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
 
 
@@ -160,7 +161,7 @@ def build_tokens(
             f"{checkpoint}: expected a V2FlowTokenizer, found a {info['model']}, whose tokens lie in no LLM's space"
         )
     opened = open_shards(shards, allow_pipe)
-    build = {"kind": "tokens", **asdict(source_of(tokenizer)), "pictures_sha256": _pictures_sha256(opened)}
+    build = {"kind": "tokens", **asdict(source_of(tokenizer)), "pictures_sha256": pictures_sha256(opened)}
     splits = [_split_of(shard.name) for shard in opened.shards]
     finished = finished_build(Path(out), build)
     if finished is not None:
@@ -209,7 +210,8 @@ def _split_of(name: str) -> str:
     return split
 
 
-def _pictures_sha256(shards: ShardSet) -> str:
+def pictures_sha256(shards: ShardSet) -> str:
+    """Name of the pictures that something is built from: the shards' names, sizes, keys and places of members."""
     digest = hashlib.sha256()
     for shard in shards.shards:
         digest.update(f"{Path(shard.name).name} {shard.index.size}\n".encode())

@@ -3,7 +3,8 @@
 import hashlib
 from typing import Literal, Optional, Union
 
-from v2flow.data.batches import SampleReader, TrainBatches
+from v2flow.data.batches import Reader, SampleReader, TrainBatches
+from v2flow.data.latents import LatentFormat, LatentReader, stored_format
 from v2flow.errors import V2FlowError
 from v2flow.training.streaming import StreamingDataModule, at_least
 
@@ -17,9 +18,12 @@ class ShardDataModule(StreamingDataModule):
     The order and the saved position do not depend on the number of workers or ranks as long as the global batch
     (batch_size times ranks) stays.
 
+    Training shards may also be cached latents (`v2flow data latents`): training batches then have {"latents": fp32
+    [B, C, h, w]} in place of the pictures, in the same order, and the same ones of them are of mirror images.
+
     Args:
         image_size: side of the pictures in pixels.
-        train: training shards; None if there is no training.
+        train: training shards, of pictures or cached latents; None if there is no training.
         val: validation shards; None for no validation. Never taken from the training shards.
         test: test shards; None if there is no test.
         batch_size: pictures in a training batch of one rank; the last partial global batch of an epoch is dropped.
@@ -33,7 +37,8 @@ class ShardDataModule(StreamingDataModule):
         test_limit: only the first so many test samples.
         max_bad_samples: undecodable samples that are skipped and logged before it is an error.
         allow_pipe: accept shards `pipe:COMMAND`, which run a shell command.
-        cache_decoded: keep decoded pictures in memory, up to 256 MB for each worker; needs crop=center.
+        cache_decoded: keep decoded pictures in memory, up to 256 MB for each worker; needs crop=center. Cached latents
+            need no decoding and are read each time.
     """
 
     def __init__(
@@ -71,9 +76,52 @@ class ShardDataModule(StreamingDataModule):
         self.crop = crop
         self.flip = flip
         self.cache_decoded = cache_decoded
+        self._formats: dict[str, Optional[LatentFormat]] = {}
 
-    def reader(self, split: str) -> SampleReader:
-        """Reads the pictures of `train`, `val` or `test`."""
+    def setup(self, stage: str) -> None:
+        """Opens the shards of a stage: fit, validate or test.
+
+        Raises:
+            V2FlowError: see `StreamingDataModule`; also cached latents where they do not serve.
+        """
+        super().setup(stage)
+        for split in self._opened:
+            self._latents_of(split)
+
+    @property
+    def latents(self) -> Optional[LatentFormat]:
+        """How the latents in the training shards are stored; None for pictures."""
+        return self._latents_of("train")
+
+    def _latents_of(self, split: str) -> Optional[LatentFormat]:
+        if split not in self._formats:
+            form = stored_format(self.shards(split))
+            if form is not None:
+                self._refuse_latents(split, form)
+            self._formats[split] = form
+        return self._formats[split]
+
+    def _refuse_latents(self, split: str, form: LatentFormat) -> None:
+        if split != "train":
+            raise V2FlowError(
+                f"option data.{split}: expected pictures, which the metrics need, found cached latents; name the "
+                "shards of pictures"
+            )
+        if self.crop == "random":
+            raise V2FlowError(
+                "option data.crop: expected center with cached latents, which are of centre crops, found random"
+            )
+        if self.flip and not form.flip:
+            raise V2FlowError(
+                "option data.flip: the cached latents have none of mirror images; set it to false, or build them "
+                "with --flip"
+            )
+
+    def reader(self, split: str) -> Reader:
+        """Reads the pictures of `train`, `val` or `test`, or the cached latents of `train`."""
+        form = self._latents_of(split)
+        if form is not None:
+            return LatentReader(self.shards(split), form, self.captions)
         # Workers of an evaluation end with it, and what they keep in memory with them.
         cache = self.cache_decoded and (split == "train" or self.num_workers == 0)
         return SampleReader(self.shards(split), self.image_size, self.captions, cache)

@@ -7,7 +7,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from v2flow.config import to_dict
+from v2flow.data.latents import check_source, source_of
 from v2flow.errors import V2FlowError
+from v2flow.training.data_module import ShardDataModule
 from v2flow.training.optimizer import OptimizerConfig, configure_adamw
 
 _MASK = (1 << 63) - 1
@@ -104,7 +106,12 @@ class ReconstructionModule(SeededModule):
 
     decode_modes: dict[str, dict[str, Any]]
     free_options = frozenset(
-        {"config.codec.path", "config.vocabulary.source", "config.decoder.checkpointing"}
+        {
+            "config.codec.path",
+            "config.vocabulary.source",
+            "config.decoder.checkpointing",
+            "config.resampler.memory_budget_mb",
+        }
     )
 
     def training_stages(self) -> dict[str, tuple[float, float]]:
@@ -124,9 +131,42 @@ class ReconstructionModule(SeededModule):
         """
         raise NotImplementedError
 
+    def latent_losses(
+        self, latents: Tensor, progress: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """`training_losses` of pictures whose codec latents `[B, C, h, w]` are at hand."""
+        raise NotImplementedError
+
+    @property
+    def needs_pictures(self) -> str | None:
+        """What makes training need the pictures themselves; None if their latents do."""
+        return None
+
+    def setup(self, stage: str) -> None:
+        """Refuse cached latents that this model cannot be trained on, before anything is trained.
+
+        Raises:
+            V2FlowError: latents of another codec, or a loss on pixels.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        form = data.latents if stage == "fit" and isinstance(data, ShardDataModule) else None
+        if form is None:
+            return
+        if self.needs_pictures is not None:
+            raise V2FlowError(
+                f"option data.train: found cached latents, but {self.needs_pictures} needs pictures; name shards of "
+                "pictures"
+            )
+        model: Any = self.model
+        config = model.config
+        check_source(form.source, source_of(config.codec, model.codec, config.image_size))
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        terms = self.training_losses(batch["image"], self.progress, self.step_generator(batch_idx))
-        self.log_losses(terms, "train", len(batch["image"]))
+        cached = "latents" in batch
+        inputs: Tensor = batch["latents" if cached else "image"]
+        losses: Any = self.latent_losses if cached else self.training_losses
+        terms = losses(inputs, self.progress, self.step_generator(batch_idx))
+        self.log_losses(terms, "train", len(inputs))
         return terms["loss"]
 
     def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:

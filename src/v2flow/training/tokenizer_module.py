@@ -7,7 +7,7 @@ from torch import Tensor
 
 from v2flow.config import TokenizerConfig
 from v2flow.decoding import decode_options
-from v2flow.tokenizer import V2FlowTokenizer
+from v2flow.tokenizer import TokenizerLosses, V2FlowTokenizer
 from v2flow.training.module import ReconstructionModule, seeded_generator
 from v2flow.training.optimizer import OptimizerConfig, configure_adamw
 
@@ -48,7 +48,15 @@ class TokenizerModule(ReconstructionModule):
     def training_losses(
         self, images: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        losses = self.model.losses(images, progress, generator)
+        return self._terms(self.model.losses(images, progress, generator))
+
+    def latent_losses(
+        self, latents: Tensor, progress: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return self._terms(self.model.latent_losses(latents, progress, generator))
+
+    @staticmethod
+    def _terms(losses: TokenizerLosses) -> dict[str, Tensor]:
         return {
             "loss": losses.total, "mean": losses.mean, "flow": losses.flow, "commitment": losses.commitment,
             "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
