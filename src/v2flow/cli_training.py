@@ -8,22 +8,31 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Optional
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
 from v2flow.cli_experiment import data_module_class
 from v2flow.errors import V2FlowError
 from v2flow.paths import name_pictures_folder
 from v2flow.training.checkpoint import read_checkpoint
+from v2flow.training.checkpoint_files import newest_checkpoint
+from v2flow.training.checkpoint_io import CheckedCheckpointIO
 from v2flow.training.data_module import ShardDataModule
+from v2flow.training.health import HealthCallback
+from v2flow.training.interruption import InterruptionCallback, TrainingInterrupted
+from v2flow.training.resume import ExactResumeCallback
 from v2flow.training.streaming import StreamingDataModule
 
-LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
-"""Words that Lightning accepts as --ckpt_path and resolves itself."""
+LIGHTNING_CHECKPOINTS = ("best", "hpc")
+"""Words that Lightning accepts as --ckpt_path and resolves itself; `last` it seeks in the new run's folder only."""
 
 
 class TrainingCLI(LightningCLI):
@@ -51,6 +60,16 @@ class TrainingCLI(LightningCLI):
                 apply_on="instantiate",
             )
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds what makes a run outlive interruptions, as far as the experiment does not name it itself."""
+        options: Any = self._get(self.config_init, "trainer")
+        plugins, callbacks = _as_list(options.plugins), _as_list(options.callbacks)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(CheckedCheckpointIO())
+        kinds = (ExactResumeCallback, InterruptionCallback, HealthCallback)
+        callbacks += [kind() for kind in kinds if not any(isinstance(c, kind) for c in callbacks)]
+        return super().instantiate_trainer(**{"plugins": plugins, "callbacks": callbacks} | kwargs)
+
     def _initialise(self) -> None:
         """Takes the weights of `--init-from`, or looks at `--ckpt_path` before Lightning fails on it at length."""
         options: Any = self.config[self.subcommand]
@@ -61,8 +80,22 @@ class TrainingCLI(LightningCLI):
             )
         if options.init_from is not None:
             self.model.initialise_from(options.init_from)
-        elif options.ckpt_path is not None and options.ckpt_path not in LIGHTNING_CHECKPOINTS:
-            read_checkpoint(options.ckpt_path)
+        path = options.ckpt_path
+        if path == "last":
+            path = self._newest()
+        if path is not None and path not in LIGHTNING_CHECKPOINTS and not Path(path).is_dir():
+            read_checkpoint(path)
+        self.config_init[self.subcommand]["ckpt_path"] = path
+
+    def _newest(self) -> str | None:
+        """The newest `last.ckpt` of all runs of this experiment; a training without one starts anew."""
+        where = _checkpoint_folders(self.trainer)
+        path = newest_checkpoint(*where)
+        if path is None and self.subcommand != "fit":
+            raise V2FlowError(f"option --ckpt_path last: expected {where[1]} in {where[0]}, found none")
+        if path is None:
+            rank_zero_info(f"--ckpt_path last: no {where[1]} in {where[0]} yet, a new run starts")
+        return None if path is None else str(path)
 
     def before_fit(self) -> None:
         self._initialise()
@@ -79,6 +112,7 @@ def run_training(arguments: list[str]) -> None:
 
     Raises:
         V2FlowError: an unknown option, a value of the wrong type, a missing file or an unresolved `${…}`.
+        SystemExit: a signal has stopped the training; see `TrainingInterrupted` for the exit status.
     """
     verbs: dict[str, Any] = {
         # argparse's own usage text would list a hundred options before saying anything.
@@ -86,7 +120,12 @@ def run_training(arguments: list[str]) -> None:
         for verb in TrainingCLI.subcommands()
     }
     with _clear_errors(f"v2flow {arguments[0]}"), _command_line(arguments):
-        _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS | verbs)
+        try:
+            _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS | verbs)
+        except TrainingInterrupted as stop:
+            if stop.message:
+                print(stop.message, file=sys.stderr)
+            raise
 
 
 def build_experiment(arguments: list[str]) -> tuple[Any, StreamingDataModule]:
@@ -114,6 +153,23 @@ def _training_cli(data: type[StreamingDataModule], **options: Any) -> TrainingCL
         auto_configure_optimizers=False,
         **options,
     )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _checkpoint_folders(trainer: Trainer) -> tuple[Path, str]:
+    """A folder, and how to find `last.ckpt` of this experiment's runs in it."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath), "last*.ckpt"
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir), "checkpoints/last*.ckpt"
+    logger = trainer.loggers[0]
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name)), "*/checkpoints/last*.ckpt"
 
 
 @contextmanager
@@ -183,7 +239,9 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 def _command_line(arguments: list[str]) -> Iterator[None]:
     """LightningCLI reads the process's own words, also when it names itself in usage texts."""
     before = sys.argv
-    sys.argv = ["v2flow", *arguments]
+    # Lightning's launcher starts other ranks with the first word, where the command is a script and not a module.
+    command = before[0] if Path(before[0]).name == "v2flow" else "v2flow"
+    sys.argv = [command, *arguments]
     try:
         yield
     finally:

@@ -14,20 +14,22 @@ from torch import nn
 from v2flow.config import from_dict
 from v2flow.errors import V2FlowError
 from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_config, read_weights
+from v2flow.training.checkpoint_files import usable_checkpoint
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """The contents of a Lightning checkpoint made by v2flow; plain types and tensors only.
 
+    A damaged file gives way to the one that it replaced, with one warning; see `usable_checkpoint`.
+
     Args:
-        mmap: leave the tensors on disk until they are used: for a look at what a checkpoint says of itself.
+        mmap: leave the tensors on disk until they are used: for a look at what a checkpoint says of itself. The file's
+            checksum is not computed.
 
     Raises:
         V2FlowError: missing, damaged, holding other objects than tensors and plain types, or somebody else's.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise V2FlowError(f"{path}: no such checkpoint; expected a .ckpt file or an exported folder")
+    path = usable_checkpoint(path, quick=mmap)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

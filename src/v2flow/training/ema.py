@@ -79,6 +79,15 @@ class EMACallback(WeightAveraging):
             for slots, name in _frozen(part, recurse=False):
                 (copy._buffers if slots is part._buffers else copy._parameters)[name] = slots[name]
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average, unless `HealthCallback` has left the step out."""
+        step = trainer.global_step
+        if any(getattr(callback, "skipped_step", -1) == step for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._latest_update_step = step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average_model is not None and not self._finished:
             self._swap_models(pl_module)

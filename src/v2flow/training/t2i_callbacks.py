@@ -28,10 +28,11 @@ class TextToImageCallback(Callback):
     """Logs retrieval and the shapes score; at the end of the fit writes metrics.json, grid.png and grid.txt.
 
     At every validation, and under `test/` in `v2flow test`: `val/retrieval` (with `val/retrieval_se`), and with
-    `shapes_pictures` `val/shapes/TASK` and `val/shapes/overall` of the first captions; a validation's figures are also
-    a line of LOGDIR/validation.jsonl. When training ends, the validation shards are scored by the code of `v2flow
-    evaluate`, with the averaged weights if a weight-averaging callback is there, beside ids drawn from the marginal of
-    the training shards. Every rank computes the same; sanity checking is skipped; fast_dev_run leaves no files.
+    `shapes_pictures` `val/shapes/TASK` and `val/shapes/overall` of the first captions; a validation's figures, with the
+    module's own losses and text perplexity, are also a line of LOGDIR/validation.jsonl. When training ends, the
+    validation shards are scored by the code of `v2flow evaluate`, with the averaged weights if a weight-averaging
+    callback is there, beside ids drawn from the marginal of the training shards. Every rank computes the same; sanity
+    checking is skipped; fast_dev_run leaves no files.
 
     Args:
         retrieval_pictures: pictures of the validation shards whose captions are to be found at each validation.
@@ -127,11 +128,24 @@ class TextToImageCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures."""
-        self._log("val", trainer, pl_module)
+        self._log("val", pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Writes the validation's line: by now the module's own figures are there as well."""
+        if self._figures is None:
+            return
+        own = {
+            name.removeprefix("val/"): value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/") and value.isfinite()  # strict JSON has no other numbers
+        }
+        record_validation(trainer, own | self._figures)
+        self._figures = None
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures."""
-        self._log("test", trainer, pl_module)
+        self._log("test", pl_module)
+        self._figures = None
 
     def _score(self, model: Any, samples: CaptionedSamples) -> dict[str, float]:
         found = retrieval_accuracy(model, samples, self.ways, self.drawing.seed, self.retrieval_pictures)
@@ -142,17 +156,12 @@ class TextToImageCallback(Callback):
             figures |= {f"shapes/{task}": score for task, score in scores.items()}
         return figures
 
-    def _log(self, stage: str, trainer: Trainer, pl_module: Any) -> None:
-        if self._figures is None:
-            return
-        for name, value in self._figures.items():
+    def _log(self, stage: str, pl_module: Any) -> None:
+        for name, value in (self._figures or {}).items():
             # Equal on every rank: the synchronising mean changes nothing.
             pl_module.log(
                 f"{stage}/{name}", value, prog_bar=name == "retrieval", sync_dist=True, batch_size=1
             )
-        if stage == "val":
-            record_validation(trainer, self._figures)
-        self._figures = None
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Scores everything while the model is still on its device."""

@@ -1,0 +1,209 @@
+"""Checkpoint files that outlive a crash: written aside and renamed, with a SHA-256, and the one before is kept.
+
+`torch.save` writes a zip archive, and an archive may end with a comment: the checksum is that comment, so that file and
+checksum are one, and anybody's `torch.load(weights_only=True)` still reads it.
+"""
+
+import hashlib
+import logging
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from v2flow.errors import V2FlowError
+
+_log = logging.getLogger(__name__)
+
+_MARK = b"v2flow-sha256:"
+_COMMENT = len(_MARK) + 64
+# A zip archive's last record; its last two bytes are the length of the comment that follows.
+_RECORD, _RECORD_BYTES = b"PK\x05\x06", 22
+_CHUNK = 1 << 20
+
+_Identity = tuple[str, int, int, int]
+_sound: set[_Identity] = set()
+"""Files whose checksum was right: (path, size, time of change, inode). A resume looks at its checkpoint twice."""
+_warned: set[str] = set()
+
+
+def previous_of(path: str | Path) -> Path:
+    """Where the checkpoint that `path` held before is kept: `last.ckpt` -> `last.previous.ckpt`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint so that at every moment `path` is the old one or the new one, whole and on the disk.
+
+    What `path` held before is then `previous_of(path)`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb+") as file:
+            hashing: Any = _HashingFile(file)
+            torch.save(checkpoint, hashing)
+            _append_checksum(file, hashing.hexdigest())
+            os.fsync(file.fileno())
+        if path.is_file() and damage(path) is None:
+            _keep_previous(path)
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+    _sound.add(_identity(path))
+
+
+def usable_checkpoint(path: str | Path, quick: bool = False) -> Path:
+    """`path` if it is whole, else the checkpoint before it, with one warning line.
+
+    Args:
+        quick: only look whether the file has its end: for a look at what a checkpoint says of itself.
+
+    Raises:
+        V2FlowError: there is no such file, or it is damaged, and none from before it is whole.
+    """
+    path = Path(path)
+    reason = damage(path, quick)
+    if reason is None:
+        return path
+    previous = previous_of(path)
+    if not previous.is_file():
+        if not path.is_file():
+            raise V2FlowError(f"{path}: no such checkpoint; expected a .ckpt file or an exported folder")
+        raise V2FlowError(f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?")
+    reason_too = damage(previous, quick)
+    if reason_too is not None:
+        raise V2FlowError(
+            f"{path}: not a readable checkpoint ({reason}), nor is {previous} ({reason_too}); name another one"
+        )
+    if str(path) not in _warned:
+        _warned.add(str(path))
+        _log.warning("%s: %s; taking the one before it, %s", path, reason, previous)
+    return previous
+
+
+def newest_checkpoint(folder: Path, pattern: str) -> Path | None:
+    """The checkpoint under `folder` that was written last, of the ones that fit the pattern; None if there is none."""
+    found = {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+    return max(found, key=lambda path: found[path]) if found else None
+
+
+def damage(path: Path, quick: bool = False) -> str | None:
+    """What is wrong with a checkpoint file; None if nothing is known to be. Files without checksum need only an end."""
+    if not path.is_file():
+        return "no such file"
+    identity = _identity(path)
+    if identity in _sound:
+        return None
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            return "it is cut short" if identity[1] else "it is empty"
+        comment = _comment(file)
+        if comment is None:
+            return "it is cut short"
+        if quick or not comment.startswith(_MARK):
+            return None
+        if _checksum(file, identity[1] - len(comment)) != comment[len(_MARK) :].decode(errors="replace"):
+            return "its checksum is wrong"
+    _sound.add(identity)
+    return None
+
+
+class _HashingFile:
+    """Passes what is written on to a file, in order, and hashes it on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _append_checksum(file: BinaryIO, checksum: str) -> None:
+    """Give a zip archive without a comment the checksum of its bytes as its comment."""
+    start = file.seek(-_RECORD_BYTES, os.SEEK_END)
+    record = file.read(_RECORD_BYTES)
+    assert record.startswith(_RECORD) and record.endswith(b"\0\0"), "torch.save wrote no plain zip archive"
+    file.seek(start + _RECORD_BYTES - 2)
+    file.write(struct.pack("<H", _COMMENT) + _MARK + checksum.encode())
+    file.flush()
+
+
+def _comment(file: BinaryIO) -> bytes | None:
+    """The archive's comment, empty if it is none of ours; None if it is shorter than the archive says."""
+    file.seek(-min(file.seek(0, os.SEEK_END), _RECORD_BYTES + _COMMENT), os.SEEK_END)
+    tail = file.read()
+    start = tail.rfind(_RECORD)
+    if start < 0:
+        return b""
+    record, comment = tail[start : start + _RECORD_BYTES], tail[start + _RECORD_BYTES :]
+    return comment if record.endswith(struct.pack("<H", len(comment))) else None
+
+
+def _checksum(file: BinaryIO, size: int) -> str:
+    """Of the first `size` bytes as they were before the archive had a comment."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    left = size - 2
+    while left:
+        block = file.read(min(left, _CHUNK))
+        if not block:
+            return "cut short"
+        digest.update(block)
+        left -= len(block)
+    digest.update(b"\0\0")
+    return digest.hexdigest()
+
+
+def _keep_previous(path: Path) -> None:
+    """Give what `path` holds the previous one's name as well; `path` itself is there all the time."""
+    with _fresh(path.with_name(f".{previous_of(path).name}.part")) as link:
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links: for a moment only the previous one is there
+            os.replace(path, previous_of(path))
+        else:
+            os.replace(link, previous_of(path))
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def _fresh(path: Path) -> Iterator[Path]:
+    """A name that no killed process has left a file under."""
+    path.unlink(missing_ok=True)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put renamed names on the disk."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _identity(path: Path) -> _Identity:
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino

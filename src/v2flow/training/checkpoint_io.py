@@ -1,0 +1,40 @@
+"""Lightning's way of writing and reading checkpoints, with files that outlive a crash."""
+
+from pathlib import Path
+from typing import Any, Optional
+
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from v2flow.training.checkpoint_files import previous_of, usable_checkpoint, write_checkpoint
+
+
+class CheckedCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, made safe: after a crash at any moment, and after a damage to the newest file, a
+    run goes on from a whole checkpoint.
+
+    Remote paths, and the folders of sharded checkpoints, are left to Lightning.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Optional[Any] = None
+    ) -> None:
+        if _is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: Optional[bool] = None
+    ) -> dict[str, Any]:
+        if not _is_remote(path) and not Path(path).is_dir():
+            path = usable_checkpoint(path)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        super().remove_checkpoint(path)
+        if not _is_remote(path):
+            previous_of(path).unlink(missing_ok=True)
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path)

@@ -1,0 +1,66 @@
+"""Kills `v2flow fit` at random moments, resumes it, and says whether the trainings were those of a run in a piece.
+
+python tests/faults/run.py --kills 50 --seed 0 --out faults.json
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+for place in (Path(__file__).parent, Path(__file__).parent.parent):
+    sys.path.insert(0, str(place))
+
+from harness import STAGES, run_ranks, run_stage  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Kill and resume small trainings; exit status 1 at a difference."
+    )
+    parser.add_argument("--kills", type=int, default=50, help="runs to kill, for each stage")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--ranks", action="store_true", help="also stop and resume two ranks")
+    parser.add_argument("--seed", type=int, default=None, help="of the moments; by default a new one")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
+    parser.add_argument("--folder", type=Path, default=None, help="where the runs are left to be looked at")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else int(time.time())
+    print(f"seed {seed}", flush=True)
+    # Imported once; each run is a fork of this process.
+    import v2flow.cli_training
+    import v2flow.training.t2i_module
+    import v2flow.training.tokenizer_module  # noqa: F401
+
+    result: dict[str, Any] = {"seed": seed, "stages": {}}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, stage in enumerate(options.stages):
+            started = time.time()
+            tally = run_stage(
+                stage, folder, options.kills, seed + number, lambda line: print(line, flush=True)
+            )
+            result["stages"][stage] = {
+                "kills": tally.kills.total(),
+                "kills_by_moment": dict(sorted(tally.kills.items())),
+                "trainings": tally.rounds,
+                "lines_a_training": tally.lines,
+                "differences": tally.differences,
+                "seconds": round(time.time() - started),
+            }
+        if options.ranks:
+            result["stages"]["ranks"] = {"differences": run_ranks(folder / "two-ranks")}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+    return int(any(stage["differences"] for stage in result["stages"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
