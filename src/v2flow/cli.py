@@ -12,6 +12,7 @@ from v2flow.cli_benchmark import add_benchmark_verb
 from v2flow.cli_data import add_data_verbs
 from v2flow.cli_generate import add_generate_verb
 from v2flow.cli_model import add_model_verbs
+from v2flow.cli_plan import add_plan_verb
 from v2flow.errors import V2FlowError
 
 TRAINING_VERBS = {
@@ -43,6 +44,7 @@ def build_parser() -> Parser:
     add_model_verbs(verbs)
     add_generate_verb(verbs)
     add_benchmark_verb(verbs)
+    add_plan_verb(verbs)
     return parser
 
 
