@@ -17,14 +17,18 @@ OPENMOJI := data/openmoji/manifest.json
 SHAPES := data/shapes/manifest.json
 DATA := $(strip $(shell grep -qs data/openmoji "$(EXPERIMENT)" && echo $(OPENMOJI)) \
   $(shell grep -qs data/shapes "$(EXPERIMENT)" && echo $(SHAPES)))
-SUITE_DATA := $(shell grep -qs data/openmoji "$(SUITE)" && echo $(OPENMOJI))
+# The tokenizer of a text-to-image experiment, if it is one that is trained here, and the token shards made with it.
+tokenizers_of = $(sort $(shell sed -n 's|^ *tokenizer: *checkpoints/tokenizers/\([^ ]*\).*|\1|p' $(1) 2>/dev/null))
+READY_T2I := $(patsubst %,data/tokens/%/manifest.json,$(call tokenizers_of,"$(EXPERIMENT_T2I)"))
+
+# What a suite reads: pictures that it names, and the token shards of its text-to-image experiments, if it has any.
+SUITE_T2I := $(sort $(shell sed -n 's|^[ -]*experiment: *\(experiments/t2i/[^ ]*\).*|\1|p' "$(SUITE)" 2>/dev/null))
+SUITE_DATA := $(shell grep -qs data/openmoji "$(SUITE)" && echo $(OPENMOJI)) \
+  $(shell grep -qs data/shapes "$(SUITE)" && echo $(SHAPES)) \
+  $(if $(SUITE_T2I),$(VENV)/.installed-t2i $(patsubst %,data/tokens/%/manifest.json,$(call tokenizers_of,$(SUITE_T2I))))
 # Test pictures of other domains, for a suite that asks for them.
 DOMAINS := data/domains/faces/manifest.json
 SUITE_DATA += $(shell grep -qs "probes:.*domains" "$(SUITE)" && echo $(DOMAINS))
-
-# The tokenizer of a text-to-image experiment, if it is one that is trained here, and the token shards made with it.
-TOKENIZER_T2I := $(shell sed -n 's|^ *tokenizer: *checkpoints/tokenizers/\([^ ]*\).*|\1|p' "$(EXPERIMENT_T2I)" 2>/dev/null)
-READY_T2I := $(if $(TOKENIZER_T2I),data/tokens/$(TOKENIZER_T2I)/manifest.json)
 
 # What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
 CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
@@ -45,6 +49,7 @@ help:
 	@echo "make evaluate          score the newest run of EXPERIMENT, or CHECKPOINT=..., on SHARDS=..."
 	@echo "make benchmark         train and score the rows of SUITE that have no result yet, and report on all"
 	@echo "make test              run the tests"
+	@echo "make test-faults       kill and resume many small trainings; ARGS=\"--kills 50 --out FILE\""
 	@echo "make test-gpu          run the tests that need a CUDA GPU"
 	@echo "make lint              check style and types"
 	@echo "make format            put the code into the project's style"
@@ -154,3 +159,8 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "v2flow: error: no Python found; name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv "$(VENV)"
+
+# Trainings are killed at random moments and resumed; a seed is drawn and printed (ARGS="--seed N" repeats it).
+.PHONY: test-faults
+test-faults: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PY) tests/faults/run.py --ranks $(ARGS)

@@ -1,1 +1,1 @@
-"""Benchmark suites: tokenizers trained under one setting, scored on the same pictures, and one report of them all."""
+"""Benchmark suites: rows trained under one setting, scored on the same samples, and one report of them all."""

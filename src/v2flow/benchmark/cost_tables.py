@@ -20,6 +20,7 @@ def overhead_section(results: Mapping[str, Any]) -> Section | None:
         "step, GFLOP": lambda cost: number(cost.get("step_flops"), 1e-9, "{:.1f}"),
         "peak memory, MB": lambda cost: number(cost.get("peak_memory_bytes"), 1e-6, "{:.0f}"),
         "encode, pictures/s": lambda cost: number(cost.get("encode_images_per_second"), 1, "{:.0f}"),
+        "generate, pictures/s": lambda cost: number(cost.get("generate_images_per_second"), 1, "{:.1f}"),
     } | {f"decode {mode}, pictures/s": _decoder(mode) for mode in decoders}
     blocks: list[Block] = [
         _table({name: {key: get(cost) for key, get in columns.items()} for name, cost in overhead.items()}),

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from v2flow.benchmark.spread import Run, modes_of, runs_by_name
+from v2flow.benchmark.t2i_figures import findings
 from v2flow.images import GRID_MARGIN, GRID_PICTURE, read_picture
 
 MAX_BYTES = 300_000
@@ -49,9 +50,8 @@ def picture_strips(results: Mapping[str, Any], folder: Path) -> tuple[list[Strip
     """
     labelled: list[tuple[str, list[Picture]]] = []
     originals: list[bytes] = []
-    for name, runs in runs_by_name(results).items():
-        run = next((run for run in runs if run.get("grid") and (folder / run["grid"]).is_file()), None)
-        if run is None:
+    for name, run in shown_runs(results, folder).items():
+        if findings(run):
             continue
         original, *decoded = cut_grid(read_picture(folder / run["grid"]), run)
         content = [picture.tobytes() for picture in original]
@@ -61,19 +61,26 @@ def picture_strips(results: Mapping[str, Any], folder: Path) -> tuple[list[Strip
         labelled += [(f"{name}, {mode}", s) for mode, s in zip(modes_of(run), decoded, strict=True)]
     if not labelled:
         return [], ""
-    labelled = [(label, [_shrink(picture) for picture in pictures]) for label, pictures in labelled]
+    labelled = [(label, [shrink(picture) for picture in pictures]) for label, pictures in labelled]
     for columns, quality in ATTEMPTS:
         pixels = sum(p.width * p.height for _, pictures in labelled for p in pictures[:columns])
         if quality is None and pixels > 4 * MAX_BYTES:
             continue  # would hardly fit, and to find out is slow
-        encoded = [(label, _encode(pictures[:columns], quality)) for label, pictures in labelled]
+        encoded = [(label, encode(pictures[:columns], quality)) for label, pictures in labelled]
         if sum(len(data) for _, data in encoded) <= MAX_BYTES:
             break
     how = "without loss" if quality is None else f"as WebP of quality {quality}"
-    strips = [
-        Strip(label, f"data:image/webp;base64,{base64.b64encode(data).decode()}") for label, data in encoded
-    ]
+    strips = [Strip(label, data_uri(data)) for label, data in encoded]
     return strips, f"The first pictures of the evaluation set, {how}; one seed of each row."
+
+
+def shown_runs(results: Mapping[str, Any], folder: Path) -> dict[str, Run]:
+    """Row name -> its first seed whose grid file is there."""
+    rows = {
+        name: next((run for run in runs if run.get("grid") and (folder / run["grid"]).is_file()), None)
+        for name, runs in runs_by_name(results).items()
+    }
+    return {name: run for name, run in rows.items() if run is not None}
 
 
 def cut_grid(image: Picture, run: Run) -> list[list[Picture]]:
@@ -105,7 +112,8 @@ def _picture(strip: Picture, column: int, width: int, size: tuple[int, int]) -> 
     return cut.resize(size, Image.Resampling.NEAREST)
 
 
-def _shrink(picture: Picture) -> Picture:
+def shrink(picture: Picture) -> Picture:
+    """The picture, at most :data:`MAX_HEIGHT` pixels high."""
     if picture.height <= MAX_HEIGHT:
         return picture
     return picture.resize(
@@ -113,7 +121,13 @@ def _shrink(picture: Picture) -> Picture:
     )
 
 
-def _encode(pictures: list[Picture], quality: int | None) -> bytes:
+def data_uri(data: bytes) -> str:
+    """A WebP file as text that stands inside a page."""
+    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+
+
+def encode(pictures: list[Picture], quality: int | None) -> bytes:
+    """Pictures of one height side by side as a WebP file; without loss if `quality` is None."""
     width, height = sum(p.width for p in pictures), pictures[0].height
     strip = Image.new("RGB", (width, height))
     left = 0

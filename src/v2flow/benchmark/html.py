@@ -9,6 +9,8 @@ from typing import Any
 from v2flow.benchmark.document import Best, Block, Bullets, Commands, Section, Table
 from v2flow.benchmark.grids import picture_strips
 from v2flow.benchmark.plots import CAPTIONS, figures, token_counts
+from v2flow.benchmark.t2i_grids import drawn_captions
+from v2flow.benchmark.t2i_plots import DRAWING_CAPTIONS
 from v2flow.benchmark.tables import introduction, report_sections, report_title
 
 STYLE = """
@@ -26,13 +28,15 @@ figure { margin: 0; } figure svg { width: 100%; max-width: 40rem; height: auto; 
 figcaption { font-size: .85rem; opacity: .8; }
 .strip { margin: 0 0 .4rem; width: max-content; } .strip span { position: sticky; left: 0; font-size: .8rem; }
 .strip img { display: block; height: 4.2rem; image-rendering: pixelated; }
+.drawn th, .drawn td { white-space: normal; text-align: left; vertical-align: bottom; border: 0; padding: .15rem; }
+.drawn th { font-weight: normal; min-width: 5.6rem; } .drawn img { height: 5.2rem; image-rendering: pixelated; }
 details { margin: .3rem 0; } summary { cursor: pointer; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; margin: .3rem 0 .3rem 1rem; }
 """.strip()
 
 
 def html_report(results: Mapping[str, Any], folder: Path) -> str:
-    """The report as a page, with plots and the same pictures through every tokenizer.
+    """The report as a page, with plots and the same pictures through every tokenizer, or captions drawn by every row.
 
     Args:
         results: content of results.json, see :func:`v2flow.benchmark.tables.markdown_report`.
@@ -47,7 +51,7 @@ def html_report(results: Mapping[str, Any], folder: Path) -> str:
     # Figures and what they say come first, then what shows them to the eye, then the details.
     leading = [section for section in sections[:2] if section.title in ("Results", "What the figures say")]
     parts += [_section(section) for section in leading]
-    parts += [_plots(results), _grids(results, folder)]
+    parts += [_plots(results), _grids(results, folder), *_drawn(results, folder)]
     parts += [_section(section) for section in sections[len(leading) :]]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -98,7 +102,7 @@ def _plots(results: Mapping[str, Any]) -> str:
     items = "\n".join(
         f'<figure role="group" aria-label="{escape(name)}">\n{drawn[name]}\n<figcaption>{escape(caption)}'
         "</figcaption></figure>"
-        for name, caption in CAPTIONS.items()
+        for name, caption in (CAPTIONS | DRAWING_CAPTIONS).items()
         if name in drawn
     )
     tokens = token_counts(results)
@@ -119,3 +123,26 @@ def _grids(results: Mapping[str, Any], folder: Path) -> str:
     )
     heading = f"<h2>The same pictures through every tokenizer</h2>\n<p>{escape(note)}</p>"
     return f'{heading}\n<div class="wide">\n{items}\n</div>'
+
+
+def _drawn(results: Mapping[str, Any], folder: Path) -> list[str]:
+    parts = []
+    for drawn in drawn_captions(results, folder):
+        head = "<td></td>" + "".join(f"<th>{escape(caption)}</th>" for caption in drawn.captions)
+        lines = [
+            f"<tr><th>{escape(name)}</th>"
+            + "".join(
+                f'<td><img alt="{escape(caption)}" src="{uri}"></td>'
+                for caption, uri in zip(drawn.captions, uris, strict=True)
+            )
+            + "</tr>"
+            for name, uris in drawn.rows.items()
+        ]
+        parts.append(
+            "<h2>The same captions drawn by every row</h2>\n"
+            "<p>The first captions of the evaluation set; one seed of each row, as it comes.</p>\n"
+            f'<div class="wide"><table class="drawn">\n<tr>{head}</tr>\n'
+            + "\n".join(lines)
+            + "\n</table></div>"
+        )
+    return parts

@@ -1,11 +1,11 @@
-"""What tokenizers cost: parameters, FLOPs, time and memory of a training step, encoded and decoded pictures a second.
+"""What rows cost: parameters, FLOPs, time and memory of a training step, pictures coded or generated a second.
 
 All rows are measured in one process, interleaved: a round measures every row once, and ratios are taken within a
 round, so that what else the machine does falls on both sides of a ratio. Nothing is measured through a Trainer, and
-the pictures lie on the device already: loading, logging and weight averages are in no figure.
+the batches are in memory already: loading, logging and weight averages are in no figure.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from v2flow.benchmark.subject import Subject
+from v2flow.benchmark.subject import Subject, TrainingSubject
 from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.training.module import ReconstructionModule
@@ -44,7 +44,7 @@ def measure_overhead(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Measures copies of the modules; they themselves and the global random state stay as they are.
+    """Measures copies of tokenizers' modules; they themselves and the global random state stay as they are.
 
     A training step is forward, backward, gradient clipping and the step of the module's own optimiser, in fp32 and at
     a learning rate of zero, on pictures of noise. Where a module has several kinds of steps
@@ -79,25 +79,50 @@ def measure_overhead(
         V2FlowError: no module, a number below 1, or another device.
     """
     _check(modules, batch_size, rounds, warmup, threads)
+
+    def subjects(place: torch.device) -> dict[str, Subject]:
+        return {name: Subject(module, batch_size, place) for name, module in modules.items()}
+
+    try:
+        return measure_subjects(
+            subjects, rounds=rounds, warmup=warmup, threads=threads, device=device, progress=progress
+        )
+    finally:
+        for module in modules.values():
+            module.to(module.device)  # a codec's frozen autoencoder went to the device with the copy
+
+
+def measure_subjects(
+    build: Callable[[torch.device], Mapping[str, TrainingSubject]],
+    *,
+    rounds: int,
+    warmup: int,
+    threads: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Measures what `build` makes for a device: row name -> subject; see :func:`measure_overhead`.
+
+    Returns:
+        The figures of `measure_overhead`; those of encoding and decoding only where they were timed, and of a model
+        that draws pictures of captions `generate_images_per_second` (spread) and `generate_speed_ratio` (spread).
+
+    Raises:
+        V2FlowError: another device than cpu or cuda.
+    """
     chosen = _device(device)
     cuda = [chosen] if chosen.type == "cuda" else []
     with _threads(threads), torch.random.fork_rng(devices=cuda):
-        try:
-            subjects = {name: Subject(module, batch_size, chosen) for name, module in modules.items()}
-            times = _time_rounds(subjects, rounds, warmup, progress)
-            setting = {
-                "device": chosen.type,
-                "threads": torch.get_num_threads(),
-                "batch_size": batch_size,
-                "rounds": rounds,
-            }
-            counted = tqdm(
-                subjects.items(), "count FLOPs and bytes", unit="row", disable=not progress, delay=2.0
-            )
-            rows = {name: setting | _figures(subject, times[name], rounds) for name, subject in counted}
-        finally:
-            for module in modules.values():
-                module.to(module.device)  # a codec's frozen autoencoder went to the device with the copy
+        subjects = build(chosen)
+        times = _time_rounds(subjects, rounds, warmup, progress)
+        setting = {"device": chosen.type, "threads": torch.get_num_threads()}
+        counted = tqdm(subjects.items(), "count FLOPs and bytes", unit="row", disable=not progress, delay=2.0)
+        rows = {
+            name: setting
+            | {"batch_size": subject.batch_size, "rounds": rounds}
+            | _figures(subject, times[name], rounds)
+            for name, subject in counted
+        }
     return _with_ratios(rows, times)
 
 
@@ -119,14 +144,18 @@ def steps_for_minutes(overhead_row: Mapping[str, Any], minutes: float, multiple:
 
 Times = dict[str, list[float]]
 """What was timed -> seconds in each round."""
+DECODE = "decode "
+"""Before the name of a decode mode, in the names of what was timed."""
 
 
-def _time_rounds(subjects: dict[str, Subject], rounds: int, warmup: int, progress: bool) -> dict[str, Times]:
+def _time_rounds(
+    subjects: Mapping[str, TrainingSubject], rounds: int, warmup: int, progress: bool
+) -> dict[str, Times]:
     times: dict[str, Times] = {name: {} for name in subjects}
     total = (warmup + rounds) * len(subjects)
     with tqdm(desc="measure rows", total=total, unit="row", disable=not progress, delay=2.0) as bar:
         for number in range(-warmup, rounds):
-            order = list(subjects) if number % 2 == 0 else list(reversed(subjects))
+            order = list(subjects) if number % 2 == 0 else list(reversed(list(subjects)))
             for name in order:
                 for what, seconds in subjects[name].time(max(number, 0)).items():
                     if number >= 0:
@@ -135,7 +164,7 @@ def _time_rounds(subjects: dict[str, Subject], rounds: int, warmup: int, progres
     return times
 
 
-def _figures(subject: Subject, times: Times, rounds: int) -> dict[str, Any]:
+def _figures(subject: TrainingSubject, times: Times, rounds: int) -> dict[str, Any]:
     """Everything of a row but its ratios."""
     subject.module.train()
     stages: dict[str, dict[str, Any]] = {}
@@ -148,11 +177,6 @@ def _figures(subject: Subject, times: Times, rounds: int) -> dict[str, Any]:
             "peak_memory_bytes": subject.peak_memory(stage, rounds),
         }
     parameters = list(subject.module.parameters())
-    speeds = {
-        what: asdict(Spread.of([subject.batch_size / s for s in seconds]))
-        for what, seconds in times.items()
-        if what.startswith(("encode", "decode"))
-    }
     return {
         "parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "parameters_total": sum(x.numel() for x in [*parameters, *subject.module.buffers()]),
@@ -160,30 +184,45 @@ def _figures(subject: Subject, times: Times, rounds: int) -> dict[str, Any]:
         "step_seconds": asdict(Spread.of(times["step"])),
         "step_flops": sum(s["share"] * s["step_flops"] for s in stages.values()),
         "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages.values()),
-        "encode_images_per_second": speeds["encode"],
-        "decode_images_per_second": {mode: speeds[f"decode {mode}"] for mode in subject.module.decode_modes},
+    } | _speeds(times, subject.batch_size)
+
+
+def _speeds(times: Times, batch_size: int) -> dict[str, Any]:
+    """Pictures a second of whatever was timed beside training steps."""
+    spreads = {what: asdict(Spread.of([batch_size / s for s in seconds])) for what, seconds in times.items()}
+    speeds: dict[str, Any] = {
+        f"{what}_images_per_second": spreads[what] for what in ("encode", "generate") if what in spreads
     }
+    decoders = {what.removeprefix(DECODE): s for what, s in spreads.items() if what.startswith(DECODE)}
+    return speeds | ({"decode_images_per_second": decoders} if decoders else {})
 
 
 def _with_ratios(rows: dict[str, dict[str, Any]], times: dict[str, Times]) -> dict[str, dict[str, Any]]:
     reference = next(iter(rows))
     base, base_times = rows[reference], times[reference]
-    first_mode = next(iter(base["decode_images_per_second"]))
     for name, row in rows.items():
         own = times[name]
-        decode_ratios = {}
-        for mode in row["decode_images_per_second"]:
-            counterpart = mode if f"decode {mode}" in base_times else first_mode
-            decode_ratios[mode] = _ratio(base_times[f"decode {counterpart}"], own[f"decode {mode}"])
         rows[name] = {"reference": reference} | row | {
             "parameters_ratio": row["parameters"] / base["parameters"],
             "step_time_ratio": _ratio(own["step"], base_times["step"]),
             "step_flops_ratio": row["step_flops"] / base["step_flops"],
             "peak_memory_ratio": row["peak_memory_bytes"] / base["peak_memory_bytes"],
-            "encode_speed_ratio": _ratio(base_times["encode"], own["encode"]),
-            "decode_speed_ratio": decode_ratios,
-        }  # fmt: skip
+        } | _speed_ratios(own, base_times)  # fmt: skip
     return rows
+
+
+def _speed_ratios(own: Times, base: Times) -> dict[str, Any]:
+    ratios: dict[str, Any] = {
+        f"{what}_speed_ratio": _ratio(base[what], own[what]) for what in ("encode", "generate") if what in own
+    }
+    decoders = [what for what in own if what.startswith(DECODE)]
+    if decoders:
+        first = next(what for what in base if what.startswith(DECODE))
+        ratios["decode_speed_ratio"] = {
+            what.removeprefix(DECODE): _ratio(base[what if what in base else first], own[what])
+            for what in decoders
+        }
+    return ratios
 
 
 def _ratio(upper: list[float], lower: list[float]) -> dict[str, float]:

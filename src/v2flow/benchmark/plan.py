@@ -5,19 +5,18 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
+from v2flow.benchmark.held_out import check_held_out
 from v2flow.benchmark.overhead import measure_overhead, steps_for_minutes
-from v2flow.benchmark.suite import VALIDATIONS, Row, Suite, fit_command, words_sha256
+from v2flow.benchmark.suite import VALIDATIONS, Row, Suite, evaluate_command, fit_command, words_sha256
+from v2flow.cli_evaluate import refuse_text_to_image_options
+from v2flow.cli_experiment import TEXT_TO_IMAGE, model_class
 from v2flow.cli_training import build_experiment
-from v2flow.data.openmoji import group_of
-from v2flow.data.shards import folder_manifest, open_shards, shard_places
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
 from v2flow.training.checkpoint import load_own
-from v2flow.training.module import ReconstructionModule
 
-PARAMETER_TOLERANCE = 0.05
 FRECHET_PICTURES = 2560
 """Pictures from which on the offline extractor's Fréchet distance is given (twice its 1,280 features)."""
 
@@ -32,13 +31,26 @@ class RowFacts:
         bits: N·log2(K), bits a picture.
         parameters: trainable ones.
         steps: of its training, where the suite gives minutes.
+        parameter_tolerance: share by which its parameters may differ from the first row's without a warning; None where
+            models of different sizes are what is compared.
     """
 
+    parameter_tolerance: ClassVar[float | None] = 0.05
     tokens: int
     codebook_size: int
     bits: float
     parameters: int
     steps: int | None = None
+
+    @property
+    def inputs(self) -> list[str]:
+        """Hashes of what a training reads beside its experiment file and its pictures; a result belongs to them."""
+        return []
+
+    @property
+    def size(self) -> str:
+        """Beside tokens and trainable parameters, in words."""
+        return ""
 
 
 @dataclass
@@ -50,6 +62,29 @@ class Plan:
     overhead: dict[str, Any] = field(default_factory=dict)
 
 
+class RowBuilder(Protocol):
+    """Builds rows of one kind, and measures those that are trained.
+
+    Attributes:
+        batch_size: of a training step.
+    """
+
+    batch_size: int
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the rows that were built and are trained here."""
+
+    def check_evaluation(self, options: Any) -> None:
+        """Refuses options of `v2flow evaluate`, read from the suite's words, that are for another kind of model."""
+
+    def build(self, row: Row) -> RowFacts:
+        """What a row is made of; refuses evaluation samples that it is trained on."""
+
+    def measure(self, progress: bool) -> dict[str, dict[str, Any]]:
+        """What the trained rows cost, see :func:`v2flow.benchmark.overhead.measure_overhead`."""
+
+
 def plan_suite(suite: Suite, out: Path, progress: bool = True) -> Plan:
     """Builds every row once, checks that the suite is fair, and turns minutes into steps.
 
@@ -57,22 +92,16 @@ def plan_suite(suite: Suite, out: Path, progress: bool = True) -> Plan:
     trains the remaining rows for the same number of steps.
 
     Raises:
-        V2FlowError: a row that cannot be built, unequal bits among comparable rows, or evaluation pictures that a row
-            is trained on.
+        V2FlowError: a row that cannot be built, rows of two kinds, unequal bits among comparable rows, an option that
+            `v2flow evaluate` does not have, or evaluation pictures that a row is trained on.
     """
+    builder = row_builder(suite)
+    _check_evaluation(suite, builder)
     rows: list[Row] = []
     facts: dict[str, RowFacts] = {}
-    modules: dict[str, ReconstructionModule] = {}
-    batch_size = 1
     for row in suite.rows:
         try:
-            if row.tokenizer is not None:
-                facts[row.name] = _facts(load_own(row.tokenizer))
-            else:
-                module, data = build_experiment(fit_command(suite, row, suite.seeds[0], None)[1:])
-                check_held_out(suite.evaluate.data, data.train, f"row {row.name!r}")
-                facts[row.name], modules[row.name] = _facts(module.model), module
-                batch_size = data.batch_size
+            facts[row.name] = builder.build(row)
         except V2FlowError as error:
             if not row.optional:
                 raise V2FlowError(f"row {row.name!r}: {error}") from error
@@ -80,27 +109,102 @@ def plan_suite(suite: Suite, out: Path, progress: bool = True) -> Plan:
             continue
         rows.append(row)
     check_comparable(rows, facts)
-    if suite.evaluate.limit is not None and suite.evaluate.limit < FRECHET_PICTURES:
+    limit = suite.evaluate.limit
+    if isinstance(builder, TokenizerRows) and limit is not None and limit < FRECHET_PICTURES:
         warn(
-            f"{suite.evaluate.limit} evaluation pictures: no Fréchet distance is given below {FRECHET_PICTURES}, only "
-            "the kernel distance; raise evaluate.limit for it"
+            f"{limit} evaluation pictures: no Fréchet distance is given below {FRECHET_PICTURES}, only the kernel "
+            "distance; raise evaluate.limit for it"
         )
     plan = Plan(rows, facts)
-    if suite.minutes is not None and modules:
-        plan.overhead = _overhead(suite, modules, batch_size, out / "overhead.json", progress)
-        for name in modules:
+    if suite.minutes is not None and builder.trained:
+        plan.overhead = _overhead(suite, builder, facts, out / "overhead.json", progress)
+        for name in builder.trained:
             facts[name].steps = steps_for_minutes(plan.overhead[name], suite.minutes, multiple=VALIDATIONS)
     return plan
 
 
-def _facts(model: Any) -> RowFacts:
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    bits = model.num_tokens * math.log2(model.codebook_size)
-    return RowFacts(model.num_tokens, model.codebook_size, bits, parameters)
+def row_builder(suite: Suite) -> RowBuilder:
+    """The builder of the suite's kind of rows, which the class of their models tells.
+
+    Raises:
+        V2FlowError: some rows are tokenizers and some are text-to-image models.
+    """
+    classes = {
+        row.name: model_class(fit_command(suite, row, 0, None)[1:]) for row in suite.rows if not row.tokenizer
+    }
+    drawing = [name for name, found in classes.items() if found.rpartition(".")[2] == TEXT_TO_IMAGE]
+    # A row whose class cannot be read is of neither kind: building it says what is wrong.
+    coding = [
+        row.name for row in suite.rows if row.tokenizer or (classes[row.name] and row.name not in drawing)
+    ]
+    if drawing and coding:
+        raise V2FlowError(
+            f"{suite.file}: rows: expected tokenizers or text-to-image models, found both: {coding[0]!r} and "
+            f"{drawing[0]!r}; make two suites of them"
+        )
+    if drawing:
+        from v2flow.benchmark.t2i_plan import TextToImageRows  # needs transformers
+
+        return TextToImageRows(suite)
+    return TokenizerRows(suite)
+
+
+class TokenizerRows:
+    """Tokenizers. They stay in memory until all are measured in turns."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+        self.modules: dict[str, Any] = {}
+        self.batch_size = 1
+
+    @property
+    def trained(self) -> list[str]:
+        return list(self.modules)
+
+    def check_evaluation(self, options: Any) -> None:
+        refuse_text_to_image_options(options)
+
+    def build(self, row: Row) -> RowFacts:
+        if row.tokenizer is not None:
+            return self._facts(load_own(row.tokenizer))
+        module, data = build_experiment(fit_command(self.suite, row, self.suite.seeds[0], None)[1:])
+        check_held_out(self.suite.evaluate.data, data.train, self.suite.file)
+        self.modules[row.name], self.batch_size = module, data.batch_size
+        return self._facts(module.model)
+
+    def _facts(self, model: Any) -> RowFacts:
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        bits = model.num_tokens * math.log2(model.codebook_size)
+        return RowFacts(model.num_tokens, model.codebook_size, bits, parameters)
+
+    def measure(self, progress: bool) -> dict[str, dict[str, Any]]:
+        modules = {name: self.modules[name] for name in reference_first(self.suite, self.trained)}
+        return measure_overhead(modules, self.batch_size, threads=self.suite.threads, progress=progress)
+
+
+def reference_first(suite: Suite, names: list[str]) -> list[str]:
+    """The names with the suite's reference before the others, which keep their order."""
+    return sorted(names, key=lambda name: name != suite.reference)
+
+
+def _check_evaluation(suite: Suite, builder: RowBuilder) -> None:
+    """Refuses words of the suite that `v2flow evaluate` would refuse after the first training."""
+    from v2flow.cli import build_parser
+
+    if not isinstance(suite.evaluate.arguments, list):
+        raise V2FlowError(
+            f"{suite.file}: evaluate.arguments: expected a list of words, found {suite.evaluate.arguments!r}"
+        )
+    for row in suite.rows:
+        try:
+            words = evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID")
+            builder.check_evaluation(build_parser().parse_args(words))
+        except V2FlowError as error:
+            raise V2FlowError(f"{suite.file}: evaluate: {error}") from error
 
 
 def check_comparable(rows: list[Row], facts: dict[str, RowFacts]) -> None:
-    """Prints every row's size, and warns where parameters differ by more than 5 % from the first row's.
+    """Prints every row's size, and warns where a tokenizer's parameters differ by more than 5 % from the first row's.
 
     Raises:
         V2FlowError: a comparable row has other tokens a picture or bits a token than the first row.
@@ -112,7 +216,7 @@ def check_comparable(rows: list[Row], facts: dict[str, RowFacts]) -> None:
         share = found.parameters / max(wanted.parameters, 1) - 1
         print(
             f"v2flow: {row.name}: {found.tokens} tokens of {math.log2(found.codebook_size):g} bits, "
-            f"{found.parameters / 1e6:.2f} million parameters ({share:+.1%})",
+            f"{found.parameters / 1e6:.2f} million parameters ({share:+.1%}){found.size}",
             flush=True,
         )
         if not row.comparable:
@@ -123,66 +227,35 @@ def check_comparable(rows: list[Row], facts: dict[str, RowFacts]) -> None:
                 f"bits a picture) as {first.name!r} has, found {found.tokens} from {found.codebook_size} "
                 f"({found.bits:g} bits); make them equal or mark the row `comparable: false`"
             )
-        if row.tokenizer is None and abs(share) > PARAMETER_TOLERANCE:
+        tolerance = found.parameter_tolerance
+        if row.tokenizer is None and tolerance is not None and abs(share) > tolerance:
             warn(
                 f"row {row.name!r}: {share:+.1%} parameters against {first.name!r}; a fair comparison keeps them "
-                f"within {PARAMETER_TOLERANCE:.0%}"
+                f"within {tolerance:.0%}"
             )
-
-
-def check_held_out(evaluation: Any, training: Any, where: str) -> None:
-    """Refuse evaluation pictures that are training pictures, or of a group with one.
-
-    Keys are compared between shards of one folder, where a key names one picture; among OpenMoji's, whose manifest
-    says so, groups of keys (skin tones of one drawing).
-
-    Raises:
-        V2FlowError: names the shard or the key.
-    """
-    if training is None:
-        return
-    train, test = shard_places(training), shard_places(evaluation)
-    if train & test:
-        raise V2FlowError(
-            f"{where}: evaluate.data: {min(train & test)} is also a training shard; expected held-out pictures"
-        )
-    for folder in {_folder(place) for place in train} & {_folder(place) for place in test}:
-        known, tested = (
-            _groups([place for place in sorted(places) if _folder(place) == folder], folder)
-            for places in (train, test)
-        )
-        shared = known & tested
-        if shared:
-            raise V2FlowError(
-                f"{where}: evaluate.data: {len(shared)} groups of {folder} are in the training shards as well, "
-                f"{min(shared)} among them; expected held-out pictures"
-            )
-
-
-def _folder(place: str) -> str:
-    return place.rpartition("/")[0]
-
-
-def _groups(shards: list[str], folder: str) -> set[str]:
-    opened = open_shards(shards, progress=False)
-    keys = (opened.key(sample) for sample in range(len(opened)))
-    build, _ = folder_manifest(folder)
-    return {group_of(key) if build.get("kind") == "openmoji" else key for key in keys}
 
 
 def _overhead(
-    suite: Suite, modules: dict[str, ReconstructionModule], batch_size: int, path: Path, progress: bool
+    suite: Suite, builder: RowBuilder, facts: dict[str, RowFacts], path: Path, progress: bool
 ) -> dict[str, Any]:
-    commands = {row.name: fit_command(suite, row, 0, None) for row in suite.rows if row.name in modules}
-    key = {"words": words_sha256(*commands.values()), "rows": list(commands), "threads": suite.threads}
+    commands = {
+        row.name: fit_command(suite, row, 0, None) for row in suite.rows if row.name in builder.trained
+    }
+    key: dict[str, Any] = {
+        "words": words_sha256(*commands.values()),
+        "rows": list(commands),
+        "threads": suite.threads,
+    }
+    inputs = [facts[name].inputs for name in commands]
+    if any(inputs):
+        key["inputs"] = inputs
     if path.is_file():
         kept = json.loads(path.read_text())
         if kept["key"] == key:
             return kept["rows"]
     print("v2flow: measuring what a step of each row costs; the machine should be idle", flush=True)
-    ordered = dict(sorted(modules.items(), key=lambda item: item[0] != suite.reference))
-    rows = measure_overhead(ordered, batch_size, threads=suite.threads, progress=progress)
-    write_json(path, {"key": key, "batch_size": batch_size, "rows": rows})
+    rows = builder.measure(progress)
+    write_json(path, {"key": key, "batch_size": builder.batch_size, "rows": rows})
     return rows
 
 

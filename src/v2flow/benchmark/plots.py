@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from v2flow.benchmark.curves import curve, training_curves
 from v2flow.benchmark.drawing import (
     SETTINGS,
     Look,
@@ -23,13 +24,12 @@ from v2flow.benchmark.drawing import (
 from v2flow.benchmark.probe_tables import decoding_points, robustness_points
 from v2flow.benchmark.spread import (
     KID,
-    Run,
     Spread,
     best_lines,
-    over_seeds,
     result_lines,
     runs_by_name,
 )
+from v2flow.benchmark.t2i_plots import learning
 from v2flow.errors import V2FlowError
 
 CAPTIONS = {
@@ -44,8 +44,8 @@ CAPTIONS = {
     ),
     "tokens": "Quality against tokens a picture, each row at its best decode mode for the figure.",
     "speed": (
-        "Time of a training step, and pictures encoded and decoded a second. Bars: quartiles over the "
-        "repetitions. Filled: a row's first decode mode, open: the others."
+        "Time of a training step, and pictures encoded and decoded, or drawn of captions, a second. Bars: quartiles "
+        "over the repetitions. Filled: a row's first decode mode, open: the others."
     ),
     "robustness": "psnr when a share of the tokens is replaced: solid by random ones, dashed by near ones.",
 }
@@ -53,7 +53,8 @@ CAPTIONS = {
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, str]:
-    """Plots by name, see :data:`CAPTIONS`, each an SVG element; those without data are left out.
+    """Plots by name, see :data:`CAPTIONS` and those of text-to-image rows, each an SVG element; those without data are
+    left out.
 
     Raises:
         V2FlowError: matplotlib is not installed.
@@ -71,6 +72,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         "tokens": _tokens,
         "speed": _speed,
         "robustness": _robustness,
+        "learning": learning,
     }
     with style.context(["default", SETTINGS]):
         drawn = {name: plot(results, looks) for name, plot in plots.items()}
@@ -112,57 +114,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _training(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
-    rows = {n: [run for run in runs if run.get("curve")] for n, runs in runs_by_name(results).items()}
-    rows = {name: runs for name, runs in rows.items() if runs}
-    if not rows:
-        return None
-    scales = {"steps": dict.fromkeys(rows, 1.0)}
-    timed = {name: each for name, runs in rows.items() if (each := _minutes_a_step(runs)) is not None}
-    scales |= {"minutes": timed} if timed else {}
-    figure, axes = panels([2.4] * len(scales))
-    for panel, (unit, scale) in zip(axes, scales.items(), strict=True):
-        for name in scale:
-            curve = {step * scale[name]: spread for step, spread in mean_curve(rows[name]).items()}
-            _curve(panel, curve, looks[name])
-        panel.set(xlabel=unit, ylabel="psnr, dB →")
-    legend(figure, list(rows), looks)
-    return figure
-
-
-def mean_curve(runs: Sequence[Run]) -> dict[int, Spread]:
-    """Step -> psnr over the seeds that were validated there."""
-    values: dict[int, list[float]] = {}
-    for run in runs:
-        for entry in run.get("curve") or []:
-            if entry.get("psnr") is not None:
-                values.setdefault(entry["step"], []).append(entry["psnr"])
-    return {step: spread for step, v in sorted(values.items()) if (spread := over_seeds(v)) is not None}
-
-
-def _minutes_a_step(runs: Sequence[Run]) -> float | None:
-    """Of the budget where there is one, since a run's own clock also counts scoring and waiting."""
-    spread = over_seeds(
-        (run.get("budget_minutes") or run["minutes"]) / run["step"]
-        for run in runs
-        if run.get("step") and (run.get("budget_minutes") or run.get("minutes"))
-    )
-    return None if spread is None else spread.mean
-
-
-def _curve(axes: Any, curve: Mapping[float, Spread], look: Look) -> None:
-    """A line through the means, and a band of one standard deviation."""
-    x = list(curve)
-    axes.plot(
-        x,
-        [spread.mean for spread in curve.values()],
-        color=look.color,
-        linestyle=look.style,
-        marker=look.marker,
-        markersize=3.5,
-    )
-    low, high = ([s.mean + sign * (s.std or 0.0) for s in curve.values()] for sign in (-1, 1))
-    if low != high:
-        axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
+    return training_curves(results, looks, {"psnr": "psnr, dB →"})
 
 
 def token_counts(results: Mapping[str, Any]) -> list[int]:
@@ -198,6 +150,7 @@ def _speed(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
         "step_seconds": "seconds a training step (left is better)",
         "encode_images_per_second": "pictures encoded a second (right is better)",
         "decode_images_per_second": "pictures decoded a second (right is better)",
+        "generate_images_per_second": "pictures drawn of captions a second (right is better)",
     }
     shown = [key for key in titles if any(cost.get(key) for cost in overhead.values())]
     if not shown:
@@ -227,7 +180,7 @@ def _robustness(results: Mapping[str, Any], looks: dict[str, Look]) -> Any:
     looks = {name: replace(looks[name], style="-") for name in found}
     for name, kinds in found.items():
         for kind, points in kinds.items():
-            _curve(axes, points, replace(looks[name], style="--") if kind == "near" else looks[name])
+            curve(axes, points, replace(looks[name], style="--") if kind == "near" else looks[name])
     axes.set(xlabel="share of tokens replaced", ylabel="psnr, dB →")
     legend(figure, list(found), looks)
     return figure

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -81,9 +81,11 @@ def kept_results(suite: Suite, plan: Plan, out: Path) -> list[Result]:
 
 
 def identity(suite: Suite, plan: Plan, row: Row, seed: int) -> str:
-    """SHA-256 of all that decides a row's figures: its commands and its experiment file."""
-    train = [] if row.tokenizer else fit_command(suite, row, seed, plan.facts[row.name].steps)
-    return words_sha256(train, evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID"))
+    """SHA-256 of all that decides a row's figures: its commands, its experiment file, the tokenizer of its tokens."""
+    facts = plan.facts[row.name]
+    train = [] if row.tokenizer else fit_command(suite, row, seed, facts.steps)
+    score = evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID")
+    return words_sha256(train, score, *([facts.inputs] if facts.inputs else []))
 
 
 def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Path, threads: int) -> Result:
@@ -120,14 +122,13 @@ def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Pat
         **asdict(plan.facts[row.name]),
         "machine": machine(threads),
         "protocol": evaluation["protocol"],
-        "weights": evaluation["weights"],
+        **_findings(evaluation),
         "curve": _curve(folder),
-        "probes": evaluation.get("probes", {}),
-        "probe_notes": evaluation.get("probe_notes", {}),
         "grid": grid,
     }
-    write_json(out / f"{name}.json", _without_places(result))
-    return result
+    shown = _without_places(result)
+    write_json(out / f"{name}.json", shown)
+    return shown
 
 
 def _train(row: Row, command: list[str], folder: Path, threads: int) -> tuple[str, str | None]:
@@ -172,6 +173,15 @@ def _call(row: Row, command: list[str], log: Path, threads: int) -> None:
             f"row {row.name!r}: `v2flow {command[0]}` ended with status {status}: {last[-300:]}; see {log}. Finished "
             "rows are kept; run the same command again to go on"
         )
+
+
+def _findings(evaluation: Mapping[str, Any]) -> Result:
+    """What `v2flow evaluate` found: of a tokenizer by weights, of a text-to-image model under a key of its own."""
+    if "weights" in evaluation:
+        keys = ("probes", "probe_notes")
+        return {"weights": evaluation["weights"]} | {key: evaluation.get(key, {}) for key in keys}
+    head = ("checkpoint", "model", "step", "protocol")
+    return {"text_to_image": {key: value for key, value in evaluation.items() if key not in head}}
 
 
 def _curve(folder: Path) -> list[dict[str, float]]:

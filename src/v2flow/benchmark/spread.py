@@ -6,12 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from v2flow.benchmark.t2i_figures import CLIP, NATS, PAIR, RETRIEVAL, SHAPES, drawing_figures, findings
+from v2flow.benchmark.t2i_figures import FORMS as DRAWING_FORMS
 from v2flow.cli_report import COLUMNS
 
 Run = Mapping[str, Any]
-"""One row of results.json: a tokenizer trained with one seed, and its figures."""
+"""One row of results.json: a tokenizer or text-to-image model trained with one seed, and its figures."""
 
 DIRECTIONS = {
+    SHAPES: 1,
+    RETRIEVAL: 1,
+    NATS: -1,
     "psnr": 1,
     "psnr_pooled": 1,
     "ssim": 1,
@@ -20,8 +25,12 @@ DIRECTIONS = {
     "lpips": -1,
     "rfid": -1,
     "kid-inception": -1,
+    PAIR: 1,
+    CLIP: 1,
 }
 """Figure -> 1 where more is better, -1 where less is; in the order of the tables' columns."""
+FORMS = {name: form for name, (_, form) in COLUMNS.items()} | DRAWING_FORMS
+"""Figure -> how it is written."""
 KID = "kid-efficientnet-lite0"
 LEVEL = 0.05
 """Probability below which a difference counts as one."""
@@ -49,7 +58,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Line:
-    """A row in one decode mode over all of its seeds."""
+    """A row in one decode mode over all of its seeds; the mode of a text-to-image model is empty."""
 
     name: str
     mode: str
@@ -87,7 +96,9 @@ def weights_of(run: Run) -> Mapping[str, Any]:
 
 
 def modes_of(run: Run) -> Mapping[str, Mapping[str, float]]:
-    """Decode mode -> figures."""
+    """Decode mode -> figures; a text-to-image model's figures are under the empty name."""
+    if findings(run):
+        return {"": drawing_figures(run)}
     return weights_of(run).get("modes") or {}
 
 
@@ -150,4 +161,4 @@ def told_apart(first: Spread, second: Spread) -> bool | None:
 
 def figure_text(figure: str, spread: Spread) -> str:
     """The spread as the tables print this figure."""
-    return spread.text(COLUMNS[figure][1])
+    return spread.text(FORMS[figure])

@@ -1,4 +1,4 @@
-"""One tokenizer under measurement: its training steps, encoding and decoding, and what they hold in memory."""
+"""One row under measurement: its training steps, what they hold in memory, and of a tokenizer how fast it codes."""
 
 import copy
 import os
@@ -14,18 +14,23 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from v2flow.decode_modes import takes_generator
-from v2flow.training.module import ReconstructionModule, seeded_generator
+from v2flow.training.module import ReconstructionModule, SeededModule, seeded_generator
 
 CLIP = 3.0
 """Norm to which gradients are clipped, as in the shipped experiments; it does not change the cost."""
 
 
-class Subject:
-    """A copy of a module with an optimiser that changes nothing, on pictures and ids of noise."""
+class TrainingSubject:
+    """A module with an optimiser that changes nothing; what a step is trained on, the subclasses say.
 
-    def __init__(self, module: ReconstructionModule, batch_size: int, device: torch.device) -> None:
-        self.module = copy.deepcopy(module).to(device)
+    Attributes:
+        stages: kinds of training steps, and the shares of the training between which steps are of that kind.
+    """
+
+    def __init__(self, module: SeededModule, batch_size: int, device: torch.device) -> None:
+        self.module = module.to(device)
         self.model = cast(Any, self.module.model)
+        self.stages: dict[str, tuple[float, float]] = {"all": (0.0, 1.0)}
         configured: Any = self.module.configure_optimizers()
         self.optimizer: torch.optim.Optimizer = (
             configured["optimizer"] if isinstance(configured, dict) else configured
@@ -33,25 +38,23 @@ class Subject:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.stages = self.module.training_stages()
-        self.takes_generator = takes_generator(self.model)
         self.device, self.batch_size = device, batch_size
-        noise, size = seeded_generator(device, batch_size), self.model.config.image_size
-        self.images = torch.rand(batch_size, 3, size, size, generator=noise, device=device)
-        shape = (batch_size, self.model.num_tokens)
-        self.ids = torch.randint(0, self.model.codebook_size, shape, generator=noise, device=device)
+
+    def loss(self, stage: str, draw: int) -> Tensor:
+        """The loss of a step of this stage; a draw is the same at every call."""
+        raise NotImplementedError
+
+    def time(self, draw: int) -> dict[str, float]:
+        """Seconds of each stage's step, of their mean `step`, and of whatever else is timed, once."""
+        raise NotImplementedError
 
     def share(self, stage: str) -> float:
         begin, end = self.stages[stage]
         return end - begin
 
-    def _loss(self, stage: str, draw: int) -> Tensor:
-        progress = sum(self.stages[stage]) / 2
-        return self.module.training_losses(self.images, progress, seeded_generator(self.device, draw))["loss"]
-
     def step(self, stage: str, draw: int) -> None:
         """A training step in the Trainer's order: the last step's gradients lie there during forward."""
-        loss = self._loss(stage, draw)
+        loss = self.loss(stage, draw)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
@@ -60,7 +63,7 @@ class Subject:
     def flops(self, stage: str, draw: int) -> int:
         """FLOPs of forward and backward."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self._loss(stage, draw).backward()
+            self.loss(stage, draw).backward()
         return counter.get_total_flops()
 
     def resident_bytes(self) -> int:
@@ -79,6 +82,25 @@ class Subject:
 
         self.optimizer.zero_grad()
         return self.resident_bytes() + peak_rise(steps, self.device)
+
+
+class Subject(TrainingSubject):
+    """A copy of a tokenizer's module, on pictures and ids of noise."""
+
+    module: ReconstructionModule
+
+    def __init__(self, module: ReconstructionModule, batch_size: int, device: torch.device) -> None:
+        super().__init__(copy.deepcopy(module), batch_size, device)
+        self.stages = module.training_stages()
+        self.takes_generator = takes_generator(self.model)
+        noise, size = seeded_generator(device, batch_size), self.model.config.image_size
+        self.images = torch.rand(batch_size, 3, size, size, generator=noise, device=device)
+        shape = (batch_size, self.model.num_tokens)
+        self.ids = torch.randint(0, self.model.codebook_size, shape, generator=noise, device=device)
+
+    def loss(self, stage: str, draw: int) -> Tensor:
+        progress = sum(self.stages[stage]) / 2
+        return self.module.training_losses(self.images, progress, seeded_generator(self.device, draw))["loss"]
 
     def encode(self) -> None:
         self.model.encode(self.images)

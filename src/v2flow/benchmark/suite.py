@@ -17,7 +17,7 @@ from v2flow.paths import name_pictures_folder
 
 @dataclass
 class Row:
-    """One tokenizer of a suite.
+    """One tokenizer or text-to-image model of a suite.
 
     Attributes:
         name: what stands in the tables.
@@ -54,6 +54,7 @@ class Evaluation:
         modes: decode modes, by name or written out; None for all that the checkpoint has.
         probes: further questions, see `v2flow.probes.PROBES`.
         probe_limit: pictures for those.
+        arguments: more words of `v2flow evaluate`, such as `--pictures=600` for text-to-image models.
     """
 
     data: str | list[str]
@@ -61,11 +62,12 @@ class Evaluation:
     modes: Optional[list[str]] = None
     probes: list[str] = field(default_factory=list)
     probe_limit: int = 1000
+    arguments: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Suite:
-    """Tokenizers to compare.
+    """Tokenizers to compare, or text-to-image models.
 
     Attributes:
         title: heading of the report.
@@ -74,7 +76,7 @@ class Suite:
         evaluate: how rows are scored.
         arguments: words for `v2flow fit` that the rows of `experiment` share.
         seeds: every row is run once for each.
-        rows: the tokenizers; the first is the reference of what must be equal.
+        rows: what is compared; the first is the reference of what must be equal.
         minutes: computing that each row may use, turned into steps by the step time measured on this machine; None
             when the rows state their steps.
         reference: name of the row that costs are given as ratios to; None for the first.
@@ -201,4 +203,4 @@ def evaluate_command(suite: Suite, row: Row, checkpoint: str, out: str, grid: st
         words += ["--modes", *modes]
     if wanted.probes:
         words += ["--probes", *wanted.probes, "--probe-limit", str(wanted.probe_limit)]
-    return words
+    return [*words, *wanted.arguments]

@@ -3,7 +3,7 @@
 Everything is computed from the content of results.json; what it lacks is left out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from v2flow.benchmark.cost_tables import overhead_section
@@ -12,6 +12,7 @@ from v2flow.benchmark.probe_tables import probe_sections
 from v2flow.benchmark.provenance import commands_section, protocol_section
 from v2flow.benchmark.spread import (
     DIRECTIONS,
+    FORMS,
     Line,
     Run,
     Spread,
@@ -21,8 +22,8 @@ from v2flow.benchmark.spread import (
     result_lines,
     weights_of,
 )
+from v2flow.benchmark.t2i_tables import made_of_section, text_to_image_sections
 from v2flow.benchmark.verdict import verdict_section
-from v2flow.cli_report import COLUMNS
 
 NOT_COMPARED = " †"
 
@@ -32,11 +33,12 @@ RUN_COLUMNS: dict[str, tuple[Callable[[Run], float | None], str]] = {
     "tokens": (lambda run: run.get("tokens"), "{:g}"),
     "bits": (lambda run: run.get("bits"), "{:g}"),
     "parameters, M": (lambda run: _scaled(run.get("parameters"), 1e-6), "{:.2f}"),
+    "in all, M": (lambda run: _scaled(run.get("parameters_total"), 1e-6), "{:.1f}"),
     "steps": (lambda run: run.get("step"), "{:.0f}"),
     "wall-clock minutes": (lambda run: run.get("minutes"), "{:.1f}"),
 }
 """Heading -> figure of a run, which has no better end, and how it is written."""
-CONSTANT = ("tokens", "bits", "parameters, M")
+CONSTANT = ("tokens", "bits", "parameters, M", "in all, M")
 """The same for every seed."""
 
 
@@ -91,6 +93,8 @@ def report_sections(results: Mapping[str, Any]) -> list[Section]:
     sections = [
         main_section(results),
         verdict_section(results),
+        made_of_section(results),
+        *text_to_image_sections(results),
         overhead_section(results),
         *probe_sections(results),
         seed_section(results),
@@ -101,7 +105,7 @@ def report_sections(results: Mapping[str, Any]) -> list[Section]:
 
 
 def main_section(results: Mapping[str, Any]) -> Section | None:
-    """A line for each row and decode mode: mean ± standard deviation over seeds."""
+    """A line for each row, and decode mode of a tokenizer: mean ± standard deviation over seeds."""
     lines = result_lines(results)
     if not lines:
         return None
@@ -115,14 +119,20 @@ def main_section(results: Mapping[str, Any]) -> Section | None:
     rows = [
         [
             line.name + ("" if line.comparable else NOT_COMPARED),
-            line.mode,
+            *_mode_cell(line.mode),
             str(len(line.runs)),
             *(cells[name][number] for name in figures),
             *(_run_cell(line, name) for name in columns),
         ]
         for number, line in enumerate(lines)
     ]
-    headings = ["row", "decode", "n", *(f"{name} {arrow(name)}" for name in figures), *columns]
+    headings = [
+        "row",
+        *_mode_heading(line.mode for line in lines),
+        "n",
+        *(f"{name} {arrow(name)}" for name in figures),
+        *columns,
+    ]
     note = (
         "Mean ± sample standard deviation over n seeds; with one seed the figure alone. Bold: the best of the "
         "comparable rows."
@@ -130,6 +140,15 @@ def main_section(results: Mapping[str, Any]) -> Section | None:
     if not all(line.comparable for line in lines):
         note += f"{NOT_COMPARED}: tokens or bits differ, not compared with the others."
     return Section("Results", [Table(headings, rows), note])
+
+
+def _mode_heading(modes: Iterable[str]) -> list[str]:
+    """The heading of decode modes, where there are any."""
+    return ["decode"] if any(modes) else []
+
+
+def _mode_cell(mode: str) -> list[str]:
+    return [mode] if mode else []
 
 
 def arrow(figure: str) -> str:
@@ -141,7 +160,7 @@ def _figure_cells(lines: Sequence[Line], figure: str) -> list[str]:
     """The column of a figure; the best mean of the comparable rows is bold, and so is what prints like it."""
     spreads: list[Spread | None] = [line.figures.get(figure) for line in lines]
     competing = [s.mean for line, s in zip(lines, spreads, strict=True) if line.comparable and s is not None]
-    form = COLUMNS[figure][1]
+    form = FORMS[figure]
     best = form.format(max(competing, key=lambda mean: DIRECTIONS[figure] * mean)) if competing else None
     return [
         ABSENT
@@ -164,7 +183,7 @@ def _run_cell(line: Line, column: str) -> str:
 
 
 def seed_section(results: Mapping[str, Any]) -> Section | None:
-    """A line for each row, seed and decode mode; kernel distances with their standard error over pictures."""
+    """A line for each row, seed and decode mode, with the standard errors over pictures that are known."""
     runs = results.get("rows", [])
     scored = [(run, mode, figures) for run in runs for mode, figures in modes_of(run).items()]
     if not scored:
@@ -179,22 +198,29 @@ def seed_section(results: Mapping[str, Any]) -> Section | None:
         [
             run["name"],
             str(run["seed"]),
-            mode,
+            *_mode_cell(mode),
             *(_single(figures, name) for name in names),
             *(_run_cell(Line(run["name"], mode, True, [run], {}), name) for name in columns),
             run.get("commit") or ABSENT,
         ]
         for run, mode, figures in scored
     ]
-    headings = ["row", "seed", "decode", *(f"{name} {arrow(name)}" for name in names), *columns, "commit"]
-    note = "± after a kernel distance: its standard error over pictures (jackknife)."
+    headings = [
+        "row",
+        "seed",
+        *_mode_heading(mode for _, mode, _ in scored),
+        *(f"{name} {arrow(name)}" for name in names),
+        *columns,
+        "commit",
+    ]
+    note = "± after a figure: its standard error over pictures, of a kernel distance by jackknife."
     return Section("Each seed", [Table(headings, rows), note])
 
 
 def _single(figures: Mapping[str, float], name: str) -> str:
     if figures.get(name) is None:
         return ABSENT
-    form = COLUMNS[name][1]
+    form = FORMS[name]
     error = figures.get(f"{name}_se")
     return form.format(figures[name]) + ("" if error is None else f" ± {form.format(error)}")
 

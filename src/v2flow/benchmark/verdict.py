@@ -6,6 +6,7 @@ from typing import Any
 from v2flow.benchmark.document import Block, Bullets, Section
 from v2flow.benchmark.spread import (
     DIRECTIONS,
+    FORMS,
     KID,
     LEVEL,
     Line,
@@ -14,15 +15,19 @@ from v2flow.benchmark.spread import (
     result_lines,
     told_apart,
 )
-from v2flow.cli_report import COLUMNS
+from v2flow.benchmark.t2i_figures import CLIP, NATS, PAIR, RETRIEVAL, SHAPES
 
-JUDGED = ("psnr", KID, "rfd-efficientnet-lite0", "lpips", "rfid", "kid-inception")
+JUDGED = (
+    SHAPES, RETRIEVAL, NATS, "psnr", KID, "rfd-efficientnet-lite0", "lpips", "rfid", "kid-inception", PAIR, CLIP,
+)  # fmt: skip
+DISTANCES = (SHAPES, RETRIEVAL, NATS, "psnr", KID, PAIR)
+"""Figures whose distance from the reference is given."""
 REFERENCE = "VQ"
 HOW = (
     f"Two rows are told apart when Welch's t-test over their seeds gives p < {LEVEL:g} (each pair by itself, not "
-    "corrected for the number of pairs) and, for the kernel distance, the difference also exceeds twice its standard "
-    "error over the pictures. One seed has no spread, so its differences are given but not judged. All of it holds "
-    "for these pictures and this budget."
+    "corrected for the number of pairs) and, where a figure's standard error over the pictures is known (kernel "
+    "distances, shares and means of pictures), the difference also exceeds twice that of the difference. One seed has "
+    "no spread, so its differences are given but not judged. All of it holds for these pictures and this budget."
 )
 
 
@@ -37,7 +42,8 @@ def verdict_section(results: Mapping[str, Any]) -> Section | None:
     reference = reference_name(results, lines)
     against = against_reference(lines, reference) if reference is not None else []
     if against:
-        blocks += [f"Against {reference}, each row at its best decode mode for the figure:", Bullets(against)]
+        how = ", each row at its best decode mode for the figure" if any(line.mode for line in lines) else ""
+        blocks += [f"Against {reference}{how}:", Bullets(against)]
     others = list(dict.fromkeys(line.name for line in every if not line.comparable))
     if others:
         blocks.append(f"Not compared, since tokens or bits differ: {', '.join(others)}.")
@@ -71,9 +77,9 @@ def reference_name(results: Mapping[str, Any], lines: Sequence[Line]) -> str | N
 
 
 def against_reference(lines: Sequence[Line], reference: str) -> list[str]:
-    """One item a row: how far its best psnr and kernel distance are from the reference's."""
+    """One item a row: how far its best figures are from the reference's."""
     items: dict[str, list[str]] = {}
-    for figure in ("psnr", KID):
+    for figure in DISTANCES:
         best = {line.name: line for line in best_lines(lines, figure)}
         if reference not in best:
             continue
@@ -81,21 +87,23 @@ def against_reference(lines: Sequence[Line], reference: str) -> list[str]:
         for name in dict.fromkeys(line.name for line in lines if line.name in best):
             found = best[name].figures[figure]
             difference = found.mean - base.mean
-            amount = COLUMNS[figure][1].format(abs(difference)) + (" dB" if figure == "psnr" else "")
+            amount = FORMS[figure].format(abs(difference)) + (" dB" if figure == "psnr" else "")
             side = "above" if difference > 0 else "below"
             judged = {
                 True: "more than the spread",
                 False: "cannot be told apart",
                 None: "one seed, not judged",
             }
+            mode = f"{best[name].mode}; " if best[name].mode else ""
             items.setdefault(name, []).append(
-                f"{figure} {amount} {side} ({best[name].mode}; {judged[told_apart(found, base)]})"
+                f"{figure} {amount} {side} ({mode}{judged[told_apart(found, base)]})"
             )
     return [f"{name}: {', '.join(parts)}." for name, parts in items.items()]
 
 
 def _named(line: Line, figure: str) -> str:
-    return f"{line.name} ({line.mode}) {figure_text(figure, line.figures[figure])}"
+    mode = f" ({line.mode})" if line.mode else ""
+    return f"{line.name}{mode} {figure_text(figure, line.figures[figure])}"
 
 
 def _seeds(line: Line, figure: str) -> str:

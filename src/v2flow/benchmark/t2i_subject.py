@@ -1,0 +1,78 @@
+"""One text-to-image model under measurement: its training steps on its own token shards, and pictures of captions."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v2flow.benchmark.subject import TrainingSubject, seconds_of
+from v2flow.data.batches import Request
+from v2flow.data.loaders import TrainLoader
+from v2flow.errors import V2FlowError
+from v2flow.training.module import seeded_generator
+from v2flow.training.t2i_module import TextToImageModule
+from v2flow.training.token_data_module import TokenDataModule
+
+
+class TextToImageSubject(TrainingSubject):
+    """A module, not a copy of it, on the first batches of its training shards; draw i is batch i of their order.
+
+    Gradients and optimiser state are let go after each measurement, so that of many subjects only one has them.
+    """
+
+    module: TextToImageModule
+
+    def __init__(self, module: TextToImageModule, data: TokenDataModule, device: torch.device) -> None:
+        super().__init__(module, data.batch_size, device)
+        loader = TrainLoader(data.train_batches(), data.batch_size)  # refuses too few samples
+        self.batches, self.most = loader.batches, loader.total // loader.global_batch
+        self._read: dict[int, tuple[list[str], Tensor]] = {}
+
+    def batch(self, draw: int) -> tuple[list[str], Tensor]:
+        """Captions, and ids `[B, N]`; read once."""
+        if draw not in self._read:
+            found = self.batches[Request(0, draw % self.most * self.batch_size, self.batch_size)]
+            if found.error is not None:
+                raise V2FlowError(found.error)
+            self._read[draw] = found.caption, found.tensors["ids"].to(self.device)
+        return self._read[draw]
+
+    def loss(self, stage: str, draw: int) -> Tensor:
+        captions, ids = self.batch(draw)
+        generator = seeded_generator(self.device, draw)
+        return self.module.losses(self.module.drop_captions(captions, generator), ids, generator)["loss"]
+
+    def release(self) -> None:
+        """Lets gradients and optimiser state go."""
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+
+    def flops(self, stage: str, draw: int) -> int:
+        try:
+            return super().flops(stage, draw)
+        finally:
+            self.release()
+
+    def peak_memory(self, stage: str, draws: int) -> int:
+        try:
+            self.step(stage, 0)  # makes the optimiser's state, which lies there from then on
+            return super().peak_memory(stage, draws)
+        finally:
+            self.release()
+
+    def generate(self, draw: int) -> Any:
+        captions, _ = self.batch(draw)
+        return self.model.generate(
+            captions, batch_size=self.batch_size, generator=seeded_generator(torch.device("cpu"), draw)
+        )
+
+    def time(self, draw: int) -> dict[str, float]:
+        self.module.train()
+        self.step("all", draw)  # not timed: it makes the optimiser's state anew
+        seconds = {"step all": seconds_of(partial(self.step, "all", draw), self.device)}
+        self.release()
+        return seconds | {
+            "step": seconds["step all"],
+            "generate": seconds_of(partial(self.generate, draw), self.device),
+        }
