@@ -40,7 +40,7 @@ START := $(shell date +%s)
 minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 
 .DEFAULT_GOAL := help
-.PHONY: help train-tokenizer train-t2i evaluate benchmark test test-gpu lint format experiment-exists experiment-t2i-exists suite-exists
+.PHONY: help train-tokenizer train-t2i evaluate benchmark test test-faults test-gpu lint format experiment-exists experiment-t2i-exists suite-exists
 .DELETE_ON_ERROR:
 
 help:
@@ -92,6 +92,10 @@ benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest $(ARGS)
+
+# Trainings are killed at random moments and resumed; a seed is drawn and printed (ARGS="--seed N" repeats it).
+test-faults: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PY) tests/faults/run.py --ranks $(ARGS)
 
 test-gpu: $(VENV)/.installed-test
 	$(PY) -m pytest -m gpu $(ARGS)
@@ -159,8 +163,3 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "v2flow: error: no Python found; name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv "$(VENV)"
-
-# Trainings are killed at random moments and resumed; a seed is drawn and printed (ARGS="--seed N" repeats it).
-.PHONY: test-faults
-test-faults: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) tests/faults/run.py --ranks $(ARGS)

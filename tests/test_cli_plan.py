@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from data_toys import numbered_shards
+from training_toys import TOKENIZER
 
 from v2flow.cli import main
 from v2flow.planning.experiment import read_experiment
@@ -120,23 +121,13 @@ def test_text_is_narrow_and_says_what_it_rests_on(plans: Any) -> None:
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-SMALL = {
-    "image_size": 16,
-    "vocabulary": {"source": "random", "size": 64, "dim": 16},
-    "resampler": {"width": 8, "depth": 1, "token_grid": [4, 4], "key_dim": 8},
-    "visual_vocabulary": {"size": 32},
-    "decoder": {"width": 16, "heads": 2, "encoder_depth": 1, "decoder_depth": 1},
-    "velocity": {"width": 16, "heads": 2, "depth": 1},
-}
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> str:
     """A small experiment, whose training shards are not there."""
     document = {
         "model": {
             "class_path": "v2flow.training.tokenizer_module.TokenizerModule",
-            "init_args": {"tokenizer": SMALL, "optimizer": {"total_steps": 1000}},
+            "init_args": {"tokenizer": TOKENIZER, "optimizer": {"total_steps": 1000}},
         },
         "data": {"train": str(tmp_path / "shards" / "s-*.tar"), "batch_size": 4},
         "trainer": {"max_steps": 1000, "devices": 1},

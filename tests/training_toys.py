@@ -1,5 +1,6 @@
 """A small experiment file and shards for it, for tests that train through the command line."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ def write_shards(folder: Path) -> dict[str, str]:
     return shards
 
 
+TOKENIZER = {
+    "image_size": 16,
+    "vocabulary": {"source": "random", "size": 64, "dim": 16},
+    "resampler": {"width": 8, "depth": 1, "token_grid": [4, 4], "key_dim": 8},
+    "visual_vocabulary": {"size": 32},
+    "decoder": {"width": 16, "heads": 2, "encoder_depth": 1, "decoder_depth": 1},
+    "velocity": {"width": 16, "heads": 2, "depth": 1},
+}
+"""Options of a small tokenizer in an experiment file."""
+
+
 def experiment(shards: dict[str, str], folder: Path, **trainer: Any) -> dict[str, Any]:
     """A small experiment that validates every two steps, with the callbacks of the shipped ones."""
     training = "v2flow.training"
@@ -32,14 +44,7 @@ def experiment(shards: dict[str, str], folder: Path, **trainer: Any) -> dict[str
             "class_path": f"{training}.tokenizer_module.TokenizerModule",
             "init_args": {
                 "seed": "${...seed_everything}",
-                "tokenizer": {
-                    "image_size": 16,
-                    "vocabulary": {"source": "random", "size": 64, "dim": 16},
-                    "resampler": {"width": 8, "depth": 1, "token_grid": [4, 4], "key_dim": 8},
-                    "visual_vocabulary": {"size": 32},
-                    "decoder": {"width": 16, "heads": 2, "encoder_depth": 1, "decoder_depth": 1},
-                    "velocity": {"width": 16, "heads": 2, "depth": 1},
-                },
+                "tokenizer": deepcopy(TOKENIZER),
                 "optimizer": {"total_steps": 4, "warmup_steps": 1},
             },
         },

@@ -134,18 +134,29 @@ def build_experiment(arguments: list[str]) -> tuple[Any, StreamingDataModule]:
     Raises:
         V2FlowError: as :func:`run_training`.
     """
-    with _clear_errors("v2flow fit"), _command_line(arguments), _quiet():
-        cli = _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS, run=False)
+    cli = experiment_cli(arguments)
     return cli.model, cli.datamodule
+
+
+def experiment_cli(arguments: list[str], kind: type[TrainingCLI] = TrainingCLI) -> TrainingCLI:
+    """The command line for the words after `v2flow fit`, as far as it comes without running anything.
+
+    Raises:
+        V2FlowError: as :func:`run_training`.
+    """
+    with _clear_errors("v2flow fit"), _command_line(arguments), _quiet():
+        return _training_cli(data_module_class(arguments), kind, parser_kwargs=_SETTINGS, run=False)
 
 
 _SETTINGS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
 
 
-def _training_cli(data: type[StreamingDataModule], **options: Any) -> TrainingCLI:
+def _training_cli(
+    data: type[StreamingDataModule], kind: type[TrainingCLI] = TrainingCLI, **options: Any
+) -> TrainingCLI:
     name_pictures_folder()
     _silence_lightning()
-    return TrainingCLI(
+    return kind(
         LightningModule,
         data,
         subclass_mode_model=True,

@@ -17,6 +17,8 @@ from v2flow.metrics.reconstruction import to_uint8
 GRID_PICTURE = 64
 """Smaller pictures are enlarged in a grid, by a whole factor, to at least this height."""
 GRID_MARGIN = 2
+GRID_PICTURES, GRID_COLUMNS = 64, 8
+"""Of a grid of generated pictures: at most so many, so many in a line."""
 
 
 def read_picture(path: str | Path) -> Image.Image:

@@ -4,7 +4,7 @@ from typing import Any
 
 from v2flow.data.batches import SampleReader
 from v2flow.data.openmoji import group_of
-from v2flow.data.shards import ShardSet, folder_manifest, open_shards, shard_places
+from v2flow.data.shards import ShardSet, folder_manifest, folder_of, open_shards, shard_places
 from v2flow.errors import V2FlowError
 
 
@@ -24,9 +24,9 @@ def check_held_out(evaluation: Any, training: Any, where: str) -> None:
         raise V2FlowError(
             f"{where}: evaluate.data: {min(train & test)} is also a training shard; expected held-out pictures"
         )
-    for folder in {_folder(place) for place in train} & {_folder(place) for place in test}:
+    for folder in {folder_of(place) for place in train} & {folder_of(place) for place in test}:
         known, tested = (
-            _groups([place for place in sorted(places) if _folder(place) == folder], folder)
+            _groups([place for place in sorted(places) if folder_of(place) == folder], folder)
             for places in (train, test)
         )
         shared = known & tested
@@ -60,10 +60,6 @@ def check_captions_held_out(evaluation: Any, training: Any, where: str) -> None:
 
 def _samples_by_key(shards: ShardSet) -> dict[str, int]:
     return {shards.key(sample): sample for sample in range(len(shards))}
-
-
-def _folder(place: str) -> str:
-    return place.rpartition("/")[0]
 
 
 def _groups(shards: list[str], folder: str) -> set[str]:

@@ -22,6 +22,7 @@ from v2flow.benchmark.plan import Plan
 from v2flow.benchmark.suite import Row, Suite, evaluate_command, fit_command, words_sha256
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
+from v2flow.training.checkpoint_files import newest_checkpoint
 
 Result = dict[str, Any]
 
@@ -154,8 +155,8 @@ def _train(row: Row, command: list[str], folder: Path, threads: int) -> tuple[st
 
 
 def _newest(folder: Path) -> str | None:
-    found = sorted(folder.glob("fit/version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None
+    found = newest_checkpoint(folder, "fit/version_*/checkpoints/last.ckpt")
+    return None if found is None else str(found)
 
 
 def _call(row: Row, command: list[str], log: Path, threads: int) -> None:

@@ -2,10 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from v2flow.benchmark.document import ABSENT, Best
 from v2flow.benchmark.t2i_figures import CLIP, NATS, PAIR, RETRIEVAL, SHAPES, drawing_figures, findings
 from v2flow.benchmark.t2i_figures import FORMS as DRAWING_FORMS
 from v2flow.cli_report import COLUMNS
@@ -157,6 +158,24 @@ def told_apart(first: Spread, second: Spread) -> bool | None:
         first.mean, first.std, first.n, second.mean, second.std, second.n, equal_var=False
     )
     return bool(test.pvalue < LEVEL)
+
+
+def cells_of(
+    spreads: Sequence[Spread | None], comparable: Sequence[bool], form: str, direction: int
+) -> list[str]:
+    """Cells of a column; the best mean of the comparable ones is bold, and so is what prints like it.
+
+    Args:
+        direction: 1 where more is better, -1 where less is.
+    """
+    pairs = list(zip(spreads, comparable, strict=True))
+    means = [spread.mean for spread, fair in pairs if fair and spread is not None]
+    best = form.format(max(means, key=lambda mean: direction * mean)) if means else None
+    cells = []
+    for spread, fair in pairs:
+        text = ABSENT if spread is None else spread.text(form)
+        cells.append(Best(text) if fair and spread is not None and form.format(spread.mean) == best else text)
+    return cells
 
 
 def figure_text(figure: str, spread: Spread) -> str:

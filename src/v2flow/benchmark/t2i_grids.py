@@ -7,10 +7,8 @@ from typing import Any
 
 from v2flow.benchmark.grids import MAX_BYTES, Picture, data_uri, encode, shown_runs, shrink
 from v2flow.benchmark.t2i_figures import findings
-from v2flow.images import GRID_MARGIN, read_picture
+from v2flow.images import GRID_COLUMNS, GRID_MARGIN, read_picture
 
-COLUMNS = 8
-"""Pictures in a line of a grid file of `v2flow evaluate`."""
 PICTURES = 12
 """Shown of each row."""
 QUALITIES = (None, 90, 70, 50)
@@ -65,7 +63,7 @@ def drawn_captions(results: Mapping[str, Any], folder: Path) -> list[Drawn]:
 
 def cut_drawings(image: Picture, count: int) -> list[Picture]:
     """The pictures of a grid file with `count` captions, in their order, without their margin."""
-    columns = min(COLUMNS, count)
+    columns = min(GRID_COLUMNS, count)
     width, height = image.width // columns, image.height // -(-count // columns)
     places = [(index % columns * width, index // columns * height) for index in range(count)]
     margin = GRID_MARGIN

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from v2flow.benchmark.document import ABSENT, Best, Block, Bullets, Section, Table
-from v2flow.benchmark.spread import DIRECTIONS, FORMS, Run, over_seeds, runs_by_name
+from v2flow.benchmark.document import ABSENT, Block, Bullets, Section, Table
+from v2flow.benchmark.spread import DIRECTIONS, FORMS, Run, Spread, cells_of, over_seeds, runs_by_name
 from v2flow.benchmark.t2i_figures import GENERATED, NATS, RETRIEVAL, SHAPES, drawing_figures, findings
 
 CONTROLS = {
@@ -113,10 +113,15 @@ def _kinds_table(
     names = list(dict.fromkeys(name for run in every for name in get(run, GENERATED)))
     if not names:
         return None, []
-    lines = [_kind_line(name, runs, GENERATED, names, get, look) for name, runs in rows.items()]
-    comparable = [bool(runs[0].get("comparable", True)) for runs in rows.values()]
-    for column, name in enumerate(names):
-        _mark_best(lines, 3 + column, comparable, look(name)[1])
+    fair = [bool(runs[0].get("comparable", True)) for runs in rows.values()]
+    drawn = {name: _figures_of(runs, GENERATED, get) for name, runs in rows.items()}
+    columns = [
+        cells_of([_spread(found, name) for found in drawn.values()], fair, *look(name)) for name in names
+    ]
+    lines = [
+        [name, GENERATED, str(len(found)), *(cells[number] for cells in columns)]
+        for number, (name, found) in enumerate(drawn.items())
+    ]
     kinds = [kind for kind in CONTROLS if any(get(run, kind) for run in every)]
     for kind in kinds:
         found = [get(run, kind) for run in every]
@@ -131,20 +136,19 @@ def _kind_line(
     name: str, runs: Sequence[Run], kind: str, names: Sequence[str], get: Callable[[Run, str], Figures],
     look: Callable[[str], tuple[str, int]],
 ) -> list[str]:  # fmt: skip
-    found = [figures for run in runs if (figures := get(run, kind))]
-    spreads = [over_seeds(figures.get(each) for figures in found) for each in names]
+    found = _figures_of(runs, kind, get)
+    spreads = [_spread(found, each) for each in names]
     cells = [ABSENT if s is None else s.text(look(each)[0]) for s, each in zip(spreads, names, strict=True)]
     return [name, kind, str(len(found)), *cells]
 
 
-def _mark_best(lines: list[list[str]], column: int, comparable: Sequence[bool], direction: int) -> None:
-    """Makes the best mean of a column bold, and what prints like it."""
-    means = [line[column].partition(" ")[0] for line in lines]
-    competing = [m for m, fair in zip(means, comparable, strict=True) if fair and m != ABSENT]
-    best = max(competing, key=lambda mean: direction * float(mean), default=None)
-    for line, mean, fair in zip(lines, means, comparable, strict=True):
-        if fair and mean == best:
-            line[column] = Best(line[column])
+def _figures_of(runs: Sequence[Run], kind: str, get: Callable[[Run, str], Figures]) -> list[Figures]:
+    """Of the runs that have pictures of this kind."""
+    return [figures for run in runs if (figures := get(run, kind))]
+
+
+def _spread(found: Sequence[Figures], name: str) -> Spread | None:
+    return over_seeds(figures.get(name) for figures in found)
 
 
 def _explained(kinds: Sequence[str]) -> list[Block]:

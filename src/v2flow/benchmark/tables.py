@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from v2flow.benchmark.cost_tables import overhead_section
-from v2flow.benchmark.document import ABSENT, Best, Section, Table, escape_markdown, section_markdown
+from v2flow.benchmark.document import ABSENT, Section, Table, escape_markdown, section_markdown
 from v2flow.benchmark.probe_tables import probe_sections
 from v2flow.benchmark.provenance import commands_section, protocol_section
 from v2flow.benchmark.spread import (
@@ -15,8 +15,7 @@ from v2flow.benchmark.spread import (
     FORMS,
     Line,
     Run,
-    Spread,
-    figure_text,
+    cells_of,
     modes_of,
     over_seeds,
     result_lines,
@@ -115,7 +114,11 @@ def main_section(results: Mapping[str, Any]) -> Section | None:
         for name, column in RUN_COLUMNS.items()
         if any(column[0](run) is not None for line in lines for run in line.runs)
     }
-    cells = {name: _figure_cells(lines, name) for name in figures}
+    fair = [line.comparable for line in lines]
+    cells = {
+        name: cells_of([line.figures.get(name) for line in lines], fair, FORMS[name], DIRECTIONS[name])
+        for name in figures
+    }
     rows = [
         [
             line.name + ("" if line.comparable else NOT_COMPARED),
@@ -154,22 +157,6 @@ def _mode_cell(mode: str) -> list[str]:
 def arrow(figure: str) -> str:
     """Which way a figure is better."""
     return "↑" if DIRECTIONS[figure] > 0 else "↓"
-
-
-def _figure_cells(lines: Sequence[Line], figure: str) -> list[str]:
-    """The column of a figure; the best mean of the comparable rows is bold, and so is what prints like it."""
-    spreads: list[Spread | None] = [line.figures.get(figure) for line in lines]
-    competing = [s.mean for line, s in zip(lines, spreads, strict=True) if line.comparable and s is not None]
-    form = FORMS[figure]
-    best = form.format(max(competing, key=lambda mean: DIRECTIONS[figure] * mean)) if competing else None
-    return [
-        ABSENT
-        if spread is None
-        else Best(figure_text(figure, spread))
-        if line.comparable and form.format(spread.mean) == best
-        else figure_text(figure, spread)
-        for line, spread in zip(lines, spreads, strict=True)
-    ]
 
 
 def _run_cell(line: Line, column: str) -> str:

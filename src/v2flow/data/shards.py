@@ -225,6 +225,11 @@ def open_shard(name: str, manifests: dict[str, dict[str, ShardIndex]] | None = N
     return _open_remote(name, manifests) if _SCHEME.match(name) else _open_local(name, manifests)
 
 
+def folder_of(name: str) -> str:
+    """Folder of a shard, local or by its URL."""
+    return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
+
+
 def folder_manifest(folder: str) -> tuple[dict[str, Any], dict[str, ShardIndex]]:
     """How the shards of a folder, local or remote, were built, and their indexes; both empty without a manifest.
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from v2flow.data.batches import EvaluationBatches, Reader, SampleReader
 from v2flow.data.loaders import EvaluationLoader
 from v2flow.data.manifest import FIELDS
-from v2flow.data.shards import Shards, ShardSet, folder_manifest, open_shards
+from v2flow.data.shards import folder_of, Shards, ShardSet, folder_manifest, open_shards
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
 from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
@@ -118,11 +118,6 @@ _NAMES = {
     "num_tokens": "the number of tokens a picture N is",
     "tokenizer_sha256": "ids of another tokenizer: its SHA-256 is",
 }
-
-
-def folder_of(name: str) -> str:
-    """Folder of a shard, local or by its URL."""
-    return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
 
 
 def build_tokens(

@@ -1,7 +1,7 @@
 """Seconds of a step, from what it takes and what a device can do."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from v2flow.planning.hardware import CPU, Hardware
 from v2flow.planning.memory import Traffic
@@ -63,9 +63,7 @@ def with_communication(seconds: Seconds, traffic: Traffic, bandwidth: float, hid
     """
     behind, before = traffic.behind / bandwidth, traffic.before / bandwidth
     exposed = max(behind - hidden * seconds.compute, 0.0) + before
-    return Seconds(
-        seconds.products, seconds.memory, seconds.launches, seconds.compute, behind + before, exposed
-    )
+    return replace(seconds, communication=behind + before, exposed=exposed)
 
 
 def mean_seconds(stages: Mapping[str, tuple[float, Seconds]]) -> Seconds:
@@ -74,5 +72,4 @@ def mean_seconds(stages: Mapping[str, tuple[float, Seconds]]) -> Seconds:
     def mean(name: str) -> float:
         return sum(share * getattr(seconds, name) for share, seconds in stages.values())
 
-    names = ("products", "memory", "launches", "compute", "communication", "exposed")
-    return Seconds(**{name: mean(name) for name in names})
+    return Seconds(**{field.name: mean(field.name) for field in fields(Seconds)})

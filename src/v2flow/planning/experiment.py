@@ -5,20 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
-
-from v2flow.cli_experiment import TEXT_TO_IMAGE, data_module_class
-from v2flow.cli_training import (
-    _SETTINGS,
-    TrainingCLI,
-    _clear_errors,
-    _command_line,
-    _quiet,
-    _silence_lightning,
-)
+from v2flow.cli_experiment import TEXT_TO_IMAGE
+from v2flow.cli_training import TrainingCLI, experiment_cli
 from v2flow.data.shards import open_shards
 from v2flow.errors import V2FlowError
-from v2flow.paths import name_pictures_folder
 
 AUTO_DEVICES = 8
 """Devices of a node where the experiment says `auto`."""
@@ -89,13 +79,7 @@ def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
             f"option --config: {path}: no such file; see experiments/tokenizer/ and experiments/t2i/"
         )
     words = ["--config", str(path), *(f"--{change.removeprefix('--')}" for change in changes)]
-    with _clear_errors("v2flow fit"), _command_line(words), _quiet():
-        name_pictures_folder()
-        _silence_lightning()
-        cli = _ReadingCLI(
-            LightningModule, data_module_class(words), subclass_mode_model=True, auto_configure_optimizers=False,
-            parser_kwargs=_SETTINGS, run=False,
-        )  # fmt: skip
+    cli = experiment_cli(words, _ReadingCLI)
     config: Any = cli.config
     trainer = config.trainer
     options = config.model.init_args.as_dict()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 LIMIT = 1 << 18  # elements of a tensor whose values are worth following
 
@@ -59,13 +60,7 @@ class KnownValues:
         return id(x) in self._known or not isinstance(x, FakeTensor)
 
     def _real(self, tree: Any) -> Any:
-        if isinstance(tree, Tensor):
-            return self._known[id(tree)][1] if id(tree) in self._known else tree
-        if isinstance(tree, dict):
-            return {key: self._real(value) for key, value in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            return type(tree)(self._real(value) for value in tree)
-        return tree
+        return tree_map_only(Tensor, lambda x: self._known[id(x)][1] if id(x) in self._known else x, tree)
 
     def _keep(self, x: Tensor, value: Tensor) -> None:
         key = id(x)
@@ -74,10 +69,4 @@ class KnownValues:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in nested lists, tuples and dictionaries, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return []
-    return [x for part in tree for x in tensors_in(part)]
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 
 from v2flow.config import VocabularyConfig
 from v2flow.errors import V2FlowError
-from v2flow.t2i.language_model import _first_layers
+from v2flow.t2i.language_model import first_layers
 from v2flow.t2i.small_llm import PREFIX, small_llm
 
 CAPTION_VOCABULARY = 4096
@@ -29,13 +29,13 @@ def language_model_config(source: str, layers: int | None = None) -> Any:
     """
     if source.startswith(PREFIX):
         words = _Words(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-        return _first_layers(small_llm(source.removeprefix(PREFIX), words), layers)
+        return first_layers(small_llm(source.removeprefix(PREFIX), words), layers)
     if source == "gemma3-270m":
-        return _first_layers(_gemma3_270m(), layers)
+        return first_layers(_gemma3_270m(), layers)
     if (Path(source) / "config.json").is_file():
-        return _first_layers(AutoConfig.from_pretrained(source, local_files_only=True), layers)
+        return first_layers(AutoConfig.from_pretrained(source, local_files_only=True), layers)
     if "llama-2-7b" in source.lower():
-        return _first_layers(_llama2_7b(), layers)
+        return first_layers(_llama2_7b(), layers)
     raise V2FlowError(
         f"LLM {source!r}: expected gemma3-270m, {PREFIX}SIZE, a name with llama-2-7b in it or a folder with a "
         "config.json, found none of them; its weights are not needed, but its config.json is"

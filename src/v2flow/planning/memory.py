@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
 
 from v2flow.planning.training import Training
 from v2flow.planning.without_weights import held_networks
@@ -48,17 +47,18 @@ def sizes_of(training: Training, ema: bool) -> Sizes:
     sharded = [p for p in parameters if id(p) not in kept]
     in_blocks = {id(p) for block in training.blocks for p in block.parameters()}
     codebooks = [part for part in model.modules() if isinstance(part, VisualVocabulary) and part.training]
-    persistent = [x for name, x in model.named_buffers() if name in _persistent(model)]
+    saved = model.state_dict().keys()
+    persistent = [x for name, x in model.named_buffers() if name in saved]
     return Sizes(
-        trained=_bytes(learning),
-        whole=_bytes([p for p in parameters if id(p) in kept]) + _bytes(held),
-        frozen=_bytes([p for p in sharded if not p.requires_grad]),
-        buffers=_bytes(model.buffers()),
-        averaged=(_bytes(learning) + _bytes(persistent)) if ema else 0,
-        block=max((_bytes(block.parameters()) for block in training.blocks), default=0),
-        root=_bytes([p for p in sharded if id(p) not in in_blocks]),
-        largest=max((_bytes([p]) for p in learning), default=0),
-        reduced=sum(_bytes([c.sums, c.counts]) for c in codebooks),
+        trained=bytes_of(learning),
+        whole=bytes_of([p for p in parameters if id(p) in kept]) + bytes_of(held),
+        frozen=bytes_of([p for p in sharded if not p.requires_grad]),
+        buffers=bytes_of(model.buffers()),
+        averaged=(bytes_of(learning) + bytes_of(persistent)) if ema else 0,
+        block=max((bytes_of(block.parameters()) for block in training.blocks), default=0),
+        root=bytes_of([p for p in sharded if id(p) not in in_blocks]),
+        largest=max((bytes_of([p]) for p in learning), default=0),
+        reduced=sum(bytes_of([c.sums, c.counts]) for c in codebooks),
     )
 
 
@@ -155,14 +155,6 @@ def fsdp_traffic(sizes: Sizes, devices: int) -> Traffic:
     return Traffic(ring * (parameters + sizes.trained), 2 * ring * sizes.reduced)
 
 
-def _persistent(model: nn.Module) -> set[str]:
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, part in model.named_modules()
-        for name in part._buffers
-        if name not in part._non_persistent_buffers_set
-    }
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' elements."""
     return sum(x.numel() * x.element_size() for x in tensors)

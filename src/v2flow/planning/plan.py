@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from v2flow.errors import V2FlowError
-from v2flow.planning.estimate import Seconds, mean_seconds, step_seconds, with_communication
+from v2flow.planning.estimate import LAUNCH_SECONDS, Seconds, mean_seconds, step_seconds, with_communication
 from v2flow.planning.experiment import Experiment, check_global_batch
 from v2flow.planning.hardware import CPU, Hardware
 from v2flow.planning.memory import (
@@ -64,6 +64,11 @@ class Setting:
     def world(self) -> int:
         """Devices in all."""
         return self.devices * self.nodes
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of what there is to choose from: on one device nothing is shared out."""
+        return STRATEGIES if self.world > 1 else STRATEGIES[:1]
 
     @property
     def bandwidth(self) -> float:
@@ -163,10 +168,7 @@ def plan_experiment(
     training = build_training(experiment, caption_tokens)
     stages = step_costs(training, setting.batch_size, setting.bf16, draws)
     sizes = sizes_of(training, experiment.ema)
-    strategies = {
-        name: _strategy(name, experiment, setting, sizes, stages)
-        for name in STRATEGIES[: 1 if setting.world == 1 else 2]
-    }
+    strategies = {name: _strategy(name, experiment, setting, sizes, stages) for name in setting.strategies}
     return Plan(
         name=experiment.name,
         setting=setting,
@@ -231,12 +233,11 @@ def _smallest_change(
 ) -> str:
     """The largest batch that fits, and the fewest devices that do; a step's memory grows evenly with its batch."""
     at_most, advice = _activations(stages), []
-    names = STRATEGIES[: 1 if setting.world == 1 else 2]
     one = at_most
     if setting.batch_size > 1:
         one = _activations(step_costs(training, 1, setting.bf16))
         each = (at_most - one) / (setting.batch_size - 1)
-        for name in names:
+        for name in setting.strategies:
             rest = setting.memory - _memory(name, setting, sizes, 0).total - (one - each)
             batch = math.floor(rest / each) if each > 0 else 0
             while (
@@ -275,7 +276,7 @@ def _assumptions(experiment: Experiment, setting: Setting) -> list[str]:
     else:
         rates = (
             f"products at {setting.utilisation:.0%} of {hardware.tflops(setting.bf16):g} TFLOP/s; a step takes no less "
-            f"than its memory traffic at {hardware.memory_bandwidth:g} GB/s and 8 µs an operator"
+            f"than its memory traffic at {hardware.memory_bandwidth:g} GB/s and {LAUNCH_SECONDS * 1e6:g} µs an operator"
         )
     precision = (
         "bf16 autocast: weights, gradients and AdamW's means in fp32, copies of weights in bf16 among the activations"

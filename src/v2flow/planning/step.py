@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from v2flow.errors import V2FlowError
 from v2flow.planning.ledger import Ledger
+from v2flow.planning.memory import bytes_of
 from v2flow.planning.training import Training
 
 ADAMW_PASSES = 20
@@ -71,7 +72,7 @@ def step_costs(training: Training, batch_size: int, bf16: bool, draws: int = 1) 
 
 def trained_bytes(model: nn.Module) -> int:
     """Bytes of what learns, and of its gradients."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return bytes_of(p for p in model.parameters() if p.requires_grad)
 
 
 def _step(training: Training, stage: str, batch_size: int, bf16: bool, draw: int) -> StepCost:

@@ -51,7 +51,7 @@ def load_language_model(
         if not captions and tokenizer is None:
             raise V2FlowError(f"option llm: {source!r} needs captions to train its tokenizer on; give some")
         tokenizer = tokenizer if tokenizer is not None else train_caption_llm_tokenizer(captions or [])
-        config = _first_layers(small_llm(source.removeprefix(PREFIX), tokenizer), layers)
+        config = first_layers(small_llm(source.removeprefix(PREFIX), tokenizer), layers)
         return _random_model(config, dtype, seed), tokenizer
     if source == "gemma3-270m":
         return _load_gemma(layers, random_weights, dtype, seed)
@@ -104,7 +104,7 @@ def _load_folder(
 ) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        config = _first_layers(AutoConfig.from_pretrained(source), layers)
+        config = first_layers(AutoConfig.from_pretrained(source), layers)
         if random_weights:
             return _random_model(config, dtype, seed), tokenizer
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
@@ -125,7 +125,7 @@ def _random_model(config: Any, dtype: torch.dtype, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def _first_layers(config: Any, layers: int | None) -> Any:
+def first_layers(config: Any, layers: int | None) -> Any:
     """The configuration with its first `layers` blocks, lists with an entry a block (layer_types) shortened too."""
     if layers is None:
         return config

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from v2flow.errors import V2FlowError
+from v2flow.metrics.codebook import codebook_statistics
 from v2flow.training.interruption import last_checkpoint, save_last
 from v2flow.training.resume import is_accumulating
 
@@ -207,13 +208,12 @@ def _on_every_rank(finite: Tensor) -> bool:
 
 
 def _codebooks(module: nn.Module) -> list[tuple[str, int, float]]:
-    """Name, size K and perplexity in [1, K] of every codebook that counts its codes in training."""
+    """Name, size K and perplexity of every codebook that counts its codes in training."""
     found = []
     for prefix, part in module.named_modules():
         counts = part._buffers.get("counts", part._buffers.get("cluster_size"))
         if counts is None or not part.training:
             continue
-        shares = counts.double().flatten() / counts.double().sum().clamp_min(1e-12)
-        perplexity = torch.special.entr(shares).sum().exp()
-        found.append((prefix.removeprefix("model."), shares.numel(), perplexity))
-    return [(name, size, float(value)) for name, size, value in found]
+        perplexity = codebook_statistics(counts.flatten())["perplexity"]
+        found.append((prefix.removeprefix("model."), counts.numel(), perplexity))
+    return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
-from v2flow.images import save_grid
+from v2flow.images import GRID_COLUMNS, GRID_PICTURES, save_grid
 from v2flow.metrics.evaluator import LIBRARIES, describe_networks, library_versions
 from v2flow.metrics.extractors import FeatureNetwork
 from v2flow.metrics.features import load_networks
@@ -33,7 +33,6 @@ from v2flow.t2i.metrics.samples import CaptionedSamples
 from v2flow.t2i.metrics.shapes_score import shapes_rows
 from v2flow.t2i.metrics.training_set import TrainingSet
 
-GRID_PICTURES, GRID_COLUMNS = 64, 8
 POSITION_PICTURES = 64
 """The whole vocabulary at every image position is dear: the figures there are of so many pictures."""
 
