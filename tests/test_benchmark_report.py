@@ -108,7 +108,23 @@ def example() -> Results:
                 "random": [{"share": 0.0, "psnr": 25.8 + wobble}, {"share": 0.1, "psnr": 22.0 + wobble}],
                 "near": [{"share": 0.0, "psnr": 25.8 + wobble}, {"share": 0.1, "psnr": 24.0 + wobble}],
             },
-            "alignment": {"norm_ratio": 1.5, "codes": {"energy_32": 0.5}, "top_tokens": [{"id": 3}]},
+            "alignment": {
+                "norm_ratio": 1.5,
+                "codes": {"energy_32": 0.5},
+                "top_tokens": [
+                    {
+                        "id": 3,
+                        "share": 0.25,
+                        "words": [{"word": "\u2581tree", "probability": 0.031}],
+                        "nearest": [{"word": "leaf", "cosine": 0.417}],
+                    }
+                ],
+                "plane": {
+                    "variance": [0.3, 0.2],
+                    "rows": [[0.1, 0.2], [0.3, -0.1]],
+                    "codes": [[0.1, 0.1, 0.5], [0, 0, 0]],
+                },
+            },
             "domains": {"histology": {"images": 48, "modes": {"one_step": mode(30.0 + wobble, 0.2)}}},
         }
         rows += [
@@ -293,6 +309,7 @@ def test_per_seed_costs_and_probes() -> None:
     assert "| V2Flow | euler_8 | 8 | 0.01 | 24.00 ± 0.00 |" in text
     assert "| V2Flow | histology | 48 | one_step | 30.00 ± 0.10 |" in text
     assert "| codes.energy_32 | 0.5 ± 0 |" in text and "top_tokens" not in text
+    assert "| V2Flow | 3 | 25.00% | ' tree' 0.031 | 'leaf' 0.42 |" in text
 
 
 def test_pending_rows_are_named_and_missing_parts_left_out(tmp_path: Path) -> None:

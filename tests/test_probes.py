@@ -17,7 +17,6 @@ from v2flow.cli import main
 from v2flow.config import DecoderConfig, ResamplerConfig
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import evaluate_checkpoint, evaluate_model
-from v2flow.images import load_image
 from v2flow.metrics.reconstruction import psnr_per_image
 from v2flow.probes import PROBES, ProbeSettings, run_probes
 from v2flow.probes.alignment import (
@@ -29,7 +28,7 @@ from v2flow.probes.alignment import (
     nearest_rows,
     principal_directions,
 )
-from v2flow.probes.alignment_plot import plot_alignment, project
+from v2flow.probes.alignment_plane import plane_points, project
 from v2flow.probes.decoding import POINTS, sweep_decoding
 from v2flow.probes.robustness import MistakenTokenizer, codes_of, measure_robustness, nearest_other
 
@@ -309,17 +308,18 @@ class TestAlignment:
         assert (rows.var(0) / variance).tolist() == pytest.approx(shares, rel=1e-5)
         assert shares[0] > shares[1] > 0.1
 
-    def test_plot_is_a_small_picture(
-        self, tokenizer: V2FlowTokenizer, baseline: VQAutoencoder, tmp_path: Path
-    ) -> None:
-        pytest.importorskip("matplotlib")
-        plot_alignment(tokenizer, ToyLoader(4, 4), tmp_path / "plot.png")
-        picture = load_image(tmp_path / "plot.png")
-        assert (tmp_path / "plot.png").stat().st_size < 150_000
-        red = (picture[0] > 0.6) & (picture[2] < 0.5)
-        assert 20 < red.sum() < 0.2 * red.numel() and picture.mean() > 0.8
-        with pytest.raises(V2FlowError, match="no LLM vocabulary"):
-            plot_alignment(baseline, ToyLoader(4, 4), tmp_path / "other.png")
+    def test_points_of_the_plane_say_how_often_a_code_is_used(self) -> None:
+        table = torch.randn(40, 6, generator=draws())
+        counts = torch.tensor([3, 0, 1])
+        found = plane_points(table, table[:3] * 2, counts, draws())
+        rows = project(table, table)[0]
+        places = [rows[i].tolist() for i in range(3)]
+        for x, y, share in found["codes"]:
+            place = min(range(3), key=lambda i: abs(places[i][0] - x) + abs(places[i][1] - y))
+            assert [x, y] == pytest.approx(places[place], rel=5e-3)
+            assert share == [0.75, 0.0, 0.25][place]
+        assert len(found["rows"]) == 40 and sum(found["variance"]) < 1
+        json.dumps(found, allow_nan=False)
 
 
 @pytest.fixture(scope="module")

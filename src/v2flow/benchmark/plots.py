@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from v2flow.benchmark.alignment_plot import alignment
 from v2flow.benchmark.curves import curve, training_curves
 from v2flow.benchmark.drawing import (
     SETTINGS,
@@ -48,6 +49,10 @@ CAPTIONS = {
         "over the repetitions. Filled: a row's first decode mode, open: the others."
     ),
     "robustness": "psnr when a share of the tokens is replaced: solid by random ones, dashed by near ones.",
+    "alignment": (
+        "Both vocabularies in the plane in which the LLM's rows spread most, directions only. Grey: rows of the LLM's "
+        "table. Coloured: codes of the visual vocabulary, larger the more tokens have them. First seed of each row."
+    ),
 }
 """Figure -> what it shows, in the order of the report."""
 
@@ -72,6 +77,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         "tokens": _tokens,
         "speed": _speed,
         "robustness": _robustness,
+        "alignment": alignment,
         "learning": learning,
     }
     with style.context(["default", SETTINGS]):

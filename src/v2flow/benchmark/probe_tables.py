@@ -16,6 +16,8 @@ from v2flow.benchmark.spread import (
 
 POINT_COSTS = {"field_evaluations": "field evaluations", "seconds_per_picture": "seconds a picture"}
 """What a decode setting costs -> heading."""
+TOKENS = 4
+"""Visual tokens of each row that are described in words."""
 
 
 def probe_sections(results: Mapping[str, Any]) -> list[Section]:
@@ -112,7 +114,28 @@ def _alignment(rows: Mapping[str, Sequence[Run]]) -> Section | None:
     for measure in measures:
         spreads = [over_seeds(values.get(measure) for values in sets) for sets in found.values()]
         lines.append([measure, *(ABSENT if spread is None else spread.text("{:.4g}") for spread in spreads)])
-    return Section("Alignment with the vocabulary", [Table(["measure", *found], lines)])
+    return Section("Alignment with the vocabulary", [Table(["measure", *found], lines), *_words(rows)])
+
+
+def _words(rows: Mapping[str, Sequence[Run]]) -> list[str | Table]:
+    """The most used visual tokens in words, of the first seed of each row."""
+    lines = []
+    for name, runs in rows.items():
+        for token in [token for probe in probes(runs, "alignment")[:1] for token in probe["top_tokens"]][
+            :TOKENS
+        ]:
+            probable = ", ".join(f"{_word(w)} {w['probability']:.2g}" for w in token["words"])
+            nearest = ", ".join(f"{_word(w)} {w['cosine']:.2f}" for w in token["nearest"])
+            lines.append([name, str(token["id"]), f"{token['share']:.2%}", probable or ABSENT, nearest])
+    if not lines:
+        return []
+    headings = ["row", "visual token", "share", "most probable words", "nearest words, by cosine"]
+    return ["The most used visual tokens, in words of the LLM; the first seed.", Table(headings, lines)]
+
+
+def _word(entry: Mapping[str, Any]) -> str:
+    """A word of the vocabulary in quotes; a leading space as SentencePiece writes it becomes one."""
+    return "'" + str(entry["word"]).replace("\u2581", " ") + "'"
 
 
 def numbers(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from v2flow.errors import V2FlowError
 from v2flow.metrics.distances import GaussianStatistics, frechet_distance, kernel_distance
+from v2flow.probes.alignment_plane import plane_points
 from v2flow.probes.findings import Batches, Findings, ProbeSettings
 from v2flow.tokenizer import V2FlowTokenizer
 
@@ -40,7 +41,8 @@ def measure_alignment(
         `norm_ratio`: mean length of the pictures' tokens before they are normalised, over that of the table's rows;
         `codes`, `tokens` (of the pictures, before they are quantised), `rows` (of the table; nearest *other* row, and
         one half against the other) and `random` (directions): see :func:`compare_directions`;
-        `top_tokens`: id, share of all tokens, the words of the largest mean probability, and the nearest rows.
+        `top_tokens`: id, share of all tokens, the words of the largest mean probability, and the nearest rows;
+        `plane`: see :func:`v2flow.probes.alignment_plane.plane_points`.
 
     Raises:
         V2FlowError: no picture.
@@ -59,6 +61,7 @@ def measure_alignment(
         figures[name] = compare_directions(sample(vectors, draws), table, basis, draws)
     figures["rows"] = compare_rows(table, basis, draws)
     figures["top_tokens"] = describe_tokens(model, loader, tokens.counts, top_tokens, settings.progress)
+    figures["plane"] = plane_points(table, codes, tokens.counts, draws)
     notes = {} if model.config.resampler.readout != "none" else {"words": "readout=none has no distribution"}
     protocol = {
         "images": tokens.images,

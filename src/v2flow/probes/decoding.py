@@ -55,7 +55,7 @@ def sweep_decoding(
     Returns:
         Point -> the evaluation's figures (psnr, ssim, kid-efficientnet-lite0 with its `_se`, …),
         `seconds_per_picture` (median over the batches after the first, of decoding alone) and `field_evaluations`
-        (calls of the velocity field for a picture; guidance doubles them). The protocol names options and threads.
+        (of the velocity field for a picture; guidance doubles them where it acts). The protocol names options and threads.
 
     Raises:
         V2FlowError: no picture, an unknown option, or guidance in `points` that was not trained.
@@ -97,11 +97,11 @@ class DecodingMeter(nn.Module):
 
     def decode(self, ids: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
         """Pictures `[B, 3, H, W]` of ids `[B, N]`."""
-        calls = 0
+        rows = 0
 
-        def count(*_: Any) -> None:
-            nonlocal calls
-            calls += 1
+        def count(field: nn.Module, inputs: Any, output: Tensor) -> None:
+            nonlocal rows
+            rows += len(output)
 
         key, device = _key(options), self.model.visual_vocabulary.codes.device
         handle = self.model.head.field.register_forward_hook(count)
@@ -114,7 +114,7 @@ class DecodingMeter(nn.Module):
         finally:
             handle.remove()
         self._seconds.setdefault(key, []).append(seconds / len(ids))
-        self._evaluations[key] = calls
+        self._evaluations[key] = rows // len(ids)
         return pictures
 
     def costs(self, options: Mapping[str, Any]) -> dict[str, float]:
