@@ -40,7 +40,7 @@ START := $(shell date +%s)
 minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 
 .DEFAULT_GOAL := help
-.PHONY: help train-tokenizer train-t2i evaluate benchmark test test-faults test-gpu lint format experiment-exists experiment-t2i-exists suite-exists
+.PHONY: help train-tokenizer train-t2i evaluate benchmark test test-faults test-fuzz test-gpu lint docs format experiment-exists experiment-t2i-exists suite-exists
 .DELETE_ON_ERROR:
 
 help:
@@ -50,8 +50,10 @@ help:
 	@echo "make benchmark         train and score the rows of SUITE that have no result yet, and report on all"
 	@echo "make test              run the tests"
 	@echo "make test-faults       kill and resume many small trainings; ARGS=\"--kills 50 --out FILE\""
+	@echo "make test-fuzz         10,000 random inputs for each reader; hours; ARGS=\"-k captions\""
 	@echo "make test-gpu          run the tests that need a CUDA GPU"
 	@echo "make lint              check style and types"
+	@echo "make docs              build the documents: docs/_build/html/index.html"
 	@echo "make format            put the code into the project's style"
 	@echo
 	@echo "EXPERIMENT=file.yaml   the experiment file; now $(EXPERIMENT)"
@@ -97,6 +99,10 @@ test: $(VENV)/.installed-test
 test-faults: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PY) tests/faults/run.py --ranks $(ARGS)
 
+# Mutated shards, captions, ids and configurations; the short form is part of `make test`.
+test-fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 V2FLOW_FUZZ=long $(PY) -m pytest tests/test_fuzz.py $(ARGS)
+
 test-gpu: $(VENV)/.installed-test
 	$(PY) -m pytest -m gpu $(ARGS)
 
@@ -104,6 +110,10 @@ lint: $(VENV)/.installed-lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: $(VENV)/.installed-docs
+	$(PY) -m sphinx -E -W --keep-going -n -q docs docs/_build/html $(ARGS)
+	@echo "v2flow: documents docs/_build/html/index.html"
 
 format: $(VENV)/.installed-lint
 	$(PY) -m ruff check --fix .
@@ -154,6 +164,7 @@ EXTRAS_benchmark := cli,benchmark
 EXTRAS_domains := cli,benchmark,domains
 EXTRAS_test := cli,test,t2i,benchmark
 EXTRAS_lint := cli,test,t2i,benchmark,lint
+EXTRAS_docs := cli,t2i,benchmark,docs
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@echo "v2flow: installing packages into $(VENV); the first time this takes some minutes"
