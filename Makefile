@@ -40,7 +40,7 @@ START := $(shell date +%s)
 minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 
 .DEFAULT_GOAL := help
-.PHONY: help train-tokenizer train-t2i evaluate benchmark test test-faults test-fuzz test-gpu lint docs format experiment-exists experiment-t2i-exists suite-exists
+.PHONY: help train-tokenizer train-t2i evaluate demo benchmark test test-faults test-fuzz test-gpu lint docs format experiment-exists checkpoint-exists experiment-t2i-exists suite-exists
 .DELETE_ON_ERROR:
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo "make train-t2i         train an LLM to draw: tokenizer if there is none, data, token shards, training"
 	@echo "make evaluate          score the newest run of EXPERIMENT, or CHECKPOINT=..., on SHARDS=..."
 	@echo "make benchmark         train and score the rows of SUITE that have no result yet, and report on all"
+	@echo "make demo              a web page to try the newest tokenizer of EXPERIMENT, or CHECKPOINT=file"
 	@echo "make test              run the tests"
 	@echo "make test-faults       kill and resume many small trainings; ARGS=\"--kills 50 --out FILE\""
 	@echo "make test-fuzz         10,000 random inputs for each reader; hours; ARGS=\"-k captions\""
@@ -89,6 +90,9 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \
 	  $(if $(DATA),--floors-train "$(dir $(DATA))train-*.tar") $(ARGS)
 
+demo: checkpoint-exists $(VENV)/.installed-demo
+	$(V2FLOW) demo "$(CHECKPOINT)" $(ARGS)
+
 benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
 
@@ -122,6 +126,11 @@ format: $(VENV)/.installed-lint
 experiment-exists:
 	@[ -f "$(EXPERIMENT)" ] || { \
 	  echo "v2flow: error: EXPERIMENT=$(EXPERIMENT): no such file; see experiments/tokenizer/" >&2; exit 2; }
+
+checkpoint-exists:
+	@[ -n "$(CHECKPOINT)" ] || { \
+	  echo "v2flow: error: no run of $(EXPERIMENT) in checkpoints/$(NAME); run 'make train-tokenizer' first" \
+	    "or name one with CHECKPOINT=..." >&2; exit 2; }
 
 experiment-t2i-exists:
 	@[ -f "$(EXPERIMENT_T2I)" ] || { \
@@ -161,6 +170,7 @@ $(DOMAINS): | $(VENV)/.installed-domains
 EXTRAS_cli := cli
 EXTRAS_t2i := cli,t2i
 EXTRAS_benchmark := cli,benchmark
+EXTRAS_demo := cli,t2i,demo
 EXTRAS_domains := cli,benchmark,domains
 EXTRAS_test := cli,test,t2i,benchmark
 EXTRAS_lint := cli,test,t2i,benchmark,lint

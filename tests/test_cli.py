@@ -276,8 +276,8 @@ def test_decode_modes_and_options_exclude_each_other(
 ) -> None:
     words = ["reconstruct", exported, pictures[0], "--out", str(tmp_path / "out")]
     assert "--mode and --steps" in error_line(capsys, [*words, "--mode", "one_step", "--steps", "2"])
-    assert "unknown decode mode 'best'; expected some of one_step" in error_line(
-        capsys, [*words, "--mode", "best"]
+    assert "unknown decode mode 'finest'; expected some of one_step, fast, balanced, best" in error_line(
+        capsys, [*words, "--mode", "finest"]
     )
     assert "steps" in error_line(capsys, [*words, "--steps", "0"])
     assert not (tmp_path / "out").exists()

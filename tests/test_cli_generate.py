@@ -92,7 +92,7 @@ def test_geneval_s_layout(exported: str, tmp_path: Path) -> None:
         (["a dog " * 100, "--out", "OUT"], "expected at most 64 tokens"),
         (["a dog", "--out", "OUT", "--samples", "0"], "option --samples: expected at least 1"),
         (["a dog", "--out", "OUT", "--top-p", "2"], "option top_p"),
-        (["a dog", "--out", "OUT", "--mode", "fast"], "unknown decode mode 'fast'"),
+        (["a dog", "--out", "OUT", "--mode", "fastest"], "unknown decode mode 'fastest'"),
         (["a dog", "--out", "OUT", "--batch-size", "0"], "option batch_size"),
         (["--prompts", "nowhere.txt", "--out", "OUT"], "nowhere.txt: no such file"),
         (["a dog", "--geneval", "OUT"], "option --geneval: prompt 0 ('a dog'): expected the key 'tag'"),

@@ -1,6 +1,7 @@
 """Rectified-flow loss, its preconditioning, and sampling, against plain references."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from v2flow.config import DecoderConfig, VelocityConfig
 from v2flow.decoding import DecodeOptions, draw_latents
 from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead, draw_timesteps
-from v2flow.masked_decoder import MaskedAutoregressiveDecoder, cosine_schedule
+from v2flow.masked_decoder import MaskedAutoregressiveDecoder, Prefix, cosine_schedule
 from v2flow.samplers import SOLVERS
 
 BATCH, CHANNELS, WIDTH, GRID = 3, 4, 8, (3, 4)
@@ -309,7 +310,7 @@ def make_decoder() -> MaskedAutoregressiveDecoder:
 
 
 @torch.no_grad()
-def draw(head: FlowHead, batch: int, seed: int = 0, decoder: nn.Module | None = None, **options) -> Tensor:
+def draw(head: FlowHead, batch: int, seed: int = 0, decoder: Any = None, **options) -> Tensor:
     tokens = torch.randn(batch, POSITIONS, 6, generator=generator(9))
     decoder = decoder if decoder is not None else make_decoder()
     return draw_latents(decoder, head, tokens, POSITIONS, CHANNELS, DecodeOptions(**options), generator(seed))
@@ -351,16 +352,16 @@ def test_draws_depend_on_the_generator_alone(kind: str, target: str) -> None:
     assert not torch.allclose(draw(make_head(kind=kind, target=target), 2, seed=1, **options), a)
 
 
-class Recorder(nn.Module):
-    """Keeps the arguments of every decoder call."""
+class Recorder:
+    """Keeps what every AR iteration gives to the decoder."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.decoder, self.calls = make_decoder(), []
+        self.read_tokens = self.decoder.read_tokens
 
-    def forward(self, tokens: Tensor, latents: Tensor, mask: Tensor, null: Tensor | None = None) -> Tensor:
-        self.calls.append((latents.clone(), mask.clone(), null))
-        return self.decoder(tokens, latents, mask, null)
+    def conditions(self, prefix: Prefix, latents: Tensor, mask: Tensor) -> Tensor:
+        self.calls.append((latents.clone(), mask.clone()))
+        return self.decoder.conditions(prefix, latents, mask)
 
 
 @pytest.mark.parametrize("kind", FIELDS)
@@ -369,9 +370,9 @@ def test_iterations_reveal_each_position_once(kind: str, iterations: int) -> Non
     recorder = Recorder()
     x = draw(make_head(kind=kind), BATCH, decoder=recorder, steps=2, iterations=iterations)
     used = min(iterations, POSITIONS)
-    masked = [mask.sum(1).tolist() for _, mask, _ in recorder.calls]
+    masked = [mask.sum(1).tolist() for _, mask in recorder.calls]
     assert masked == [[n] * BATCH for n in [POSITIONS, *cosine_schedule(used, POSITIONS)][:-1]]
-    for (_, earlier, _), (latents, mask, _) in zip(recorder.calls, recorder.calls[1:], strict=False):
+    for (_, earlier), (latents, mask) in zip(recorder.calls, recorder.calls[1:], strict=False):
         assert not (mask & ~earlier).any(), "a visible position was masked again"
         assert torch.equal(latents[~mask], x[~mask]), "a visible latent was changed later"
     assert x.isfinite().all() and (x != 0).all()
@@ -493,6 +494,8 @@ def test_linear_guidance_is_weaker_before_the_end() -> None:
         ({"solver": "rk4"}, "option solver: .* found 'rk4'"),
         ({"guidance_schedule": "cosine"}, "option guidance_schedule: .* found 'cosine'"),
         ({"timestep_shift": -1.0}, "option timestep_shift: .* found -1.0"),
+        ({"guidance_interval": [0.7, 0.3]}, "option guidance_interval: .* found .0.7, 0.3"),
+        ({"guidance_interval": [0.5]}, "option guidance_interval: .* found .0.5"),
     ],
 )
 def test_decode_options_are_checked(options: dict, message: str) -> None:
@@ -503,8 +506,11 @@ def test_decode_options_are_checked(options: dict, message: str) -> None:
 # --- it learns --------------------------------------------------------------------------------------------------
 
 
-class ConstantCondition(nn.Module):
-    def forward(self, tokens: Tensor, latents: Tensor, mask: Tensor, null: Tensor | None = None) -> Tensor:
+class ConstantCondition:
+    def read_tokens(self, tokens: Tensor, null: Tensor | None = None) -> Tensor:
+        return tokens
+
+    def conditions(self, prefix: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         return torch.ones(*latents.shape[:2], WIDTH)
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 from v2flow import __version__
 from v2flow.cli_benchmark import add_benchmark_verb
 from v2flow.cli_data import add_data_verbs
+from v2flow.cli_demo import add_demo_verb
 from v2flow.cli_generate import add_generate_verb
 from v2flow.cli_model import add_model_verbs
 from v2flow.cli_plan import add_plan_verb
@@ -26,6 +27,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are `V2FlowError`s instead of a usage text and an exit."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises the mistake instead of printing a usage text."""
         raise V2FlowError(f"{message}; see `{self.prog} --help`")
 
 
@@ -45,6 +47,7 @@ def build_parser() -> Parser:
     add_generate_verb(verbs)
     add_benchmark_verb(verbs)
     add_plan_verb(verbs)
+    add_demo_verb(verbs)
     return parser
 
 

@@ -52,7 +52,8 @@ def add_generate_verb(verbs: Any) -> None:
         "--mode",
         default="one_step",
         metavar="MODE",
-        help="how tokens become pixels: one_step, or written out: steps=8,temperature=0.5",
+        help="how tokens become pixels: one_step, a preset (fast, balanced, best), or written out: "
+        "steps=8,temperature=0.5",
     )
     how.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="captions at a time; default: 16"
@@ -84,7 +85,7 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
     """Draws and writes everything; returns the number of pictures."""
     import torch
 
-    from v2flow.decode_modes import select_modes
+    from v2flow.decode_modes import PRESETS, presets_of, select_modes, shipped_presets
     from v2flow.devices import pick_device
     from v2flow.evaluate import FOLDER_MODES
     from v2flow.images import save_grid
@@ -95,8 +96,10 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
     names = ("temperature", "top_k", "top_p", "guidance")
     how = {name: getattr(options, name) for name in names}
     generation_options(how)  # refused before a model is loaded
-    decode = next(iter(select_modes([options.mode], FOLDER_MODES).values()))
+    decode = next(iter(select_modes([options.mode], FOLDER_MODES, shipped_presets()).values()))
     model = load_text_to_image_model(options.checkpoint)
+    if options.mode in PRESETS:
+        decode = dict(presets_of(model.tokenizer)[options.mode])
     model.to(pick_device())
     captions = [prompt.caption for prompt in prompts for _ in range(options.samples)]
     cpu = torch.device("cpu")

@@ -76,7 +76,8 @@ def _add_evaluate(verbs: Any) -> None:
         "--modes",
         nargs="+",
         metavar="MODE",
-        help="some of the checkpoint's decode modes, or written out: steps=8,temperature=0.5",
+        help="some of the checkpoint's decode modes, presets (fast, balanced, best), or written out: "
+        "steps=8,temperature=0.5",
     )
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="decides which noise a picture gets"
@@ -104,12 +105,15 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "how to decode", "either --mode, or options of your own; neither: the checkpoint's first mode"
     )
-    group.add_argument("--mode", metavar="NAME", help="one of the checkpoint's decode modes")
+    group.add_argument("--mode", metavar="NAME", help="one of the checkpoint's decode modes, or a preset: fast, "
+                       "balanced or best")  # fmt: skip
     unset = argparse.SUPPRESS
     group.add_argument("--steps", type=int, default=unset, help="ODE steps in each AR iteration")
     group.add_argument("--iterations", type=int, default=unset, help="AR iterations")
     group.add_argument("--guidance", type=float, default=unset, help="guidance scale; 1 is none")
     group.add_argument("--guidance-schedule", choices=("constant", "linear"), default=unset)
+    group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=unset,
+                       help="times from 0 to 1 between which guidance acts")  # fmt: skip
     group.add_argument("--solver", choices=("euler", "heun", "multistep"), default=unset)
     group.add_argument("--timestep-shift", type=float, default=unset, help="above 1: more steps near noise")
     group.add_argument(
@@ -222,6 +226,7 @@ def chosen_decode_options(options: argparse.Namespace) -> dict[str, Any]:
         "iterations",
         "guidance",
         "guidance_schedule",
+        "guidance_interval",
         "solver",
         "timestep_shift",
         "temperature",

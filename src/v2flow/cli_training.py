@@ -26,6 +26,7 @@ from v2flow.training.checkpoint import read_checkpoint
 from v2flow.training.checkpoint_files import newest_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
 from v2flow.training.data_module import ShardDataModule
+from v2flow.training.exhaustion import clear_exhaustion
 from v2flow.training.health import HealthCallback
 from v2flow.training.interruption import InterruptionCallback, TrainingInterrupted
 from v2flow.training.resume import ExactResumeCallback
@@ -40,10 +41,12 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
+        """The verbs of Lightning's command line that v2flow has."""
         verbs = LightningCLI.subcommands()
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--init-from`, and hands the model's picture size to the data."""
         parser.add_argument(
             "--init-from",
             type=Optional[str],
@@ -98,12 +101,15 @@ class TrainingCLI(LightningCLI):
         return None if path is None else str(path)
 
     def before_fit(self) -> None:
+        """Takes the start weights or looks at the checkpoint to resume from."""
         self._initialise()
 
     def before_validate(self) -> None:
+        """Takes the weights to be scored."""
         self._initialise()
 
     def before_test(self) -> None:
+        """Takes the weights to be scored."""
         self._initialise()
 
 
@@ -119,7 +125,7 @@ def run_training(arguments: list[str]) -> None:
         verb: _SETTINGS | {"usage": f"v2flow {verb} --config FILE [--OPTION VALUE ...]"}
         for verb in TrainingCLI.subcommands()
     }
-    with _clear_errors(f"v2flow {arguments[0]}"), _command_line(arguments):
+    with clear_exhaustion(), _clear_errors(f"v2flow {arguments[0]}"), _command_line(arguments):
         try:
             _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS | verbs)
         except TrainingInterrupted as stop:
@@ -195,10 +201,21 @@ def _clear_errors(command: str) -> Iterator[None]:
     except OmegaConfBaseException as error:
         raise V2FlowError(f"experiment file: {str(error).splitlines()[0]}") from error
     except ValueError as error:
+        if _raised_by_lightning(error):  # such as an accelerator that it does not know
+            raise V2FlowError(f"experiment: {str(error).splitlines()[0]}") from error
         # jsonargparse wraps what an option's own check says in the story of every type that it tried.
         if isinstance(error, V2FlowError) or "Does not validate against" not in str(error):
             raise
         raise V2FlowError(condense(str(error))) from error
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether the innermost frame of an error is Lightning's own, and not of what runs inside of it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return bool(str(error)) and str(name).startswith("lightning.")
 
 
 def condense(message: str) -> str:

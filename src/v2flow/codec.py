@@ -62,10 +62,12 @@ class PatchCodec(ImageCodec):
         self.channels = 3 * config.patch_size**2
 
     def encode(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] to latents [B, 3·p², H/p, W/p] for patches of p pixels."""
         self.latent_shape(*images.shape[-2:])
         return F.pixel_unshuffle((images - self.shift) * self.scale, self.downsample)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 3·p², h, w] to pictures [B, 3, h·p, w·p]; exact inverse of `encode`."""
         return F.pixel_shuffle(latents, self.downsample) / self.scale + self.shift
 
 
@@ -97,12 +99,14 @@ class FrozenAutoencoder(ImageCodec):
         return FrozenAutoencoder(self.autoencoder, self.channels, self.downsample, self.scale)
 
     def fingerprint(self) -> str:
+        """SHA-256 of the autoencoder's weights."""
         if self._fingerprint is None:
             self._fingerprint = _hash_weights(self.autoencoder)
         return self._fingerprint
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] to latents [B, C, h, w]; of a KL autoencoder the mode."""
         self.latent_shape(*images.shape[-2:])
         encoded = self.autoencoder.encode(images * 2 - 1)
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
@@ -110,6 +114,7 @@ class FrozenAutoencoder(ImageCodec):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to pictures [B, 3, H, W], about [0, 1] and not clamped."""
         return self.autoencoder.decode(latents / self.scale).sample / 2 + 0.5
 
 

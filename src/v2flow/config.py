@@ -138,6 +138,10 @@ class DecoderConfig:
     prefix: Literal["aligned", "attend"] = "aligned"
     """attend: the decoder blocks attend to the prefix (the reference); aligned: each position is given the
     encoder's state of the token above it and the prefix is left out of the decoder blocks: half the sequence."""
+    prefix_attention: Literal["full", "self"] = "full"
+    """full: the visual tokens attend to the visible latents as well (the reference), so they are encoded anew in every
+    AR iteration; self: to each other only, in encoder and decoder, so their keys and values are computed once a
+    picture. Both have the same parameters."""
     mask_ratio: list[float] = field(default_factory=lambda: [1.0, 0.25, 0.7])
     """Mean, standard deviation and minimum of the truncated normal (maximum 1) of a batch's mask ratio."""
     full_mask_share: float = 0.5
@@ -152,6 +156,8 @@ class DecoderConfig:
         _require(
             self.width % self.heads == 0, "decoder.heads", f"a divisor of width {self.width}", self.heads
         )
+        _require(self.prefix_attention in ("full", "self"), "decoder.prefix_attention", "full or self",
+                 self.prefix_attention)  # fmt: skip
         _require(len(self.mask_ratio) == 3 and 0 < self.mask_ratio[2] <= 1, "decoder.mask_ratio",
                  "mean, standard deviation, minimum in (0, 1]", self.mask_ratio)  # fmt: skip
         _require(
@@ -176,6 +182,10 @@ class VelocityConfig:
     """Blocks."""
     heads: int = 6
     """Attention heads; only for kind=joint."""
+    modulation: Literal["condition", "timestep"] = "condition"
+    """What sets the norms and gates of kind=per_position. condition: timestep and condition of each position (the
+    reference), one row a position; timestep: the timestep alone, one row for all positions when decoding, with the
+    condition added at the input. Both have the same parameters. kind=joint always does the latter."""
     fine_patch: int = 4
     """Read each latent as fine_patch² finer positions (the pixels of a patch) and put convolutions on that grid
     around the transformer; 1 = none; only for kind=joint."""
@@ -210,6 +220,11 @@ class VelocityConfig:
     def __post_init__(self) -> None:
         _require(self.kind != "joint" or self.width % self.heads == 0, "velocity.heads",
                  f"a divisor of width {self.width}", self.heads)  # fmt: skip
+        _require(self.modulation in ("condition", "timestep"), "velocity.modulation", "condition or timestep",
+                 self.modulation)  # fmt: skip
+        _require(self.modulation == "condition" or self.kind == "per_position", "velocity.modulation",
+                 f"to be left out with kind={self.kind}, which is modulated by the timestep alone as it is",
+                 self.modulation)  # fmt: skip
         _require(self.fine_patch >= 1, "velocity.fine_patch", "at least 1", self.fine_patch)
         _require(self.kind != "joint" or self.fine_patch == 1 or self.fine_width % 4 == 0, "velocity.fine_width",
                  "a multiple of 4", self.fine_width)  # fmt: skip

@@ -1,11 +1,69 @@
-"""Named ways to decode: those of a checkpoint, and those that a user writes out."""
+"""Named ways to decode: those of a checkpoint, presets from a measured frontier, and those that a user writes out."""
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
 from typing import Any
 
 from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
+
+PRESETS = ("fast", "balanced", "best")
+"""From the cheapest to the most realistic; which settings they stand for is measured, never chosen here."""
+Presets = Mapping[str, Mapping[str, Any]]
+"""Preset -> options of `decode`."""
+
+
+@cache
+def shipped_presets() -> Presets:
+    """The presets of tokenizers that bring none of their own, from ``decode_presets.json`` of this package."""
+    document = json.loads(
+        resources.files("v2flow").joinpath("decode_presets.json").read_text(encoding="utf-8")
+    )
+    return read_presets(document, "v2flow/decode_presets.json")
+
+
+def read_presets(document: Any, where: str) -> Presets:
+    """Presets of a document as ``benchmarks/decoding_frontier.py`` writes it: {"presets": {name: {"options": …}}}.
+
+    Raises:
+        V2FlowError: other names than `PRESETS`, or options that decoding does not have.
+    """
+    presets = document.get("presets") if isinstance(document, Mapping) else None
+    if not isinstance(presets, Mapping) or sorted(presets) != sorted(PRESETS):
+        found = list(presets) if isinstance(presets, Mapping) else presets
+        raise V2FlowError(
+            f"{where}: expected presets {', '.join(PRESETS)}, found {found}; measure them again"
+        )
+    try:
+        options = {name: dict(presets[name]["options"]) for name in PRESETS}
+        for each in options.values():
+            decode_options(each)
+    except (KeyError, TypeError, ValueError) as error:
+        raise V2FlowError(f"{where}: presets: expected options of decode, found {error}") from error
+    return options
+
+
+def presets_of(model: Any) -> Presets:
+    """A tokenizer's presets; none of a model that decodes in one way."""
+    return getattr(model, "decode_presets", {})
+
+
+def preset_options(presets: Presets, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the preset `name`.
+
+    Raises:
+        V2FlowError: no such preset, or `options` of the user's beside it.
+    """
+    if name not in presets:
+        raise V2FlowError(f"option preset: expected one of {', '.join(presets)}, found {name!r}")
+    if options:
+        raise V2FlowError(
+            f"options preset and {next(iter(options))}: expected one of them; {name} stands for {dict(presets[name])}"
+        )
+    return dict(presets[name])
 
 
 def takes_generator(model: Any) -> bool:
@@ -16,20 +74,23 @@ def takes_generator(model: Any) -> bool:
 def select_modes(
     wanted: Sequence[str] | Mapping[str, Mapping[str, Any]] | None,
     known: Mapping[str, Mapping[str, Any]],
+    presets: Presets | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Decode modes by name -> options.
 
     Args:
-        wanted: names among `known`, modes written out (``steps=8,temperature=0.5``), modes themselves, or None for
-            all of `known`.
+        wanted: names among `known` and `presets`, modes written out (``steps=8,temperature=0.5``), modes themselves,
+            or None for all of `known`.
         known: the checkpoint's own modes.
+        presets: the tokenizer's presets, see `presets_of`.
 
     Raises:
-        V2FlowError: a name that is not among `known`, or an option that decoding does not have.
+        V2FlowError: a name that is neither, or an option that decoding does not have.
     """
     if wanted is None or isinstance(wanted, Mapping):
         return {name: dict(options) for name, options in (known if wanted is None else wanted).items()}
     chosen = {}
+    known = dict(known) | {name: options for name, options in (presets or {}).items() if name not in known}
     for name in wanted:
         if "=" in name:
             chosen[name] = _written_out(name)
@@ -44,13 +105,17 @@ def select_modes(
 
 
 def _written_out(mode: str) -> dict[str, Any]:
-    """`steps=8,solver=heun` as options, checked."""
+    """`steps=8,solver=heun,guidance_interval=0.2:0.8` as options, checked."""
     options: dict[str, Any] = {}
     for part in mode.split(","):
         name, _, text = part.partition("=")
-        try:
-            options[name] = int(text) if text.isdigit() else float(text)
-        except ValueError:
-            options[name] = text
+        options[name] = [_value(t) for t in text.split(":")] if ":" in text else _value(text)
     decode_options(options)
     return options
+
+
+def _value(text: str) -> int | float | str:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text

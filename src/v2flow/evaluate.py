@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from v2flow.decode_modes import select_modes
+from v2flow.decode_modes import presets_of, select_modes
 from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.images import save_grid
@@ -111,7 +111,7 @@ def evaluate_model(
         progress: show a progress bar on stderr.
 
     Returns:
-        The figures and their `protocol`, see :meth:`ReconstructionEvaluator.compute`.
+        The figures and their `protocol`, see :meth:`v2flow.metrics.evaluator.ReconstructionEvaluator.compute`.
 
     Raises:
         V2FlowError: no picture, no mode, or unusable Inception weights.
@@ -174,7 +174,7 @@ def evaluate_checkpoint(
         grid_path: see :func:`evaluate_model`; of the first of the weights.
         device: cuda where there is one, else cpu, when left out.
         allow_pipe: accept shards `pipe:COMMAND`, which run a shell command.
-        probes: further questions put to the averaged (or exported) weights, see :data:`v2flow.probes.PROBES`.
+        probes: further questions put to the averaged (or exported) weights, see `v2flow.probes.PROBES`.
         probe_limit: the first so many pictures for those.
 
     Returns:
@@ -197,7 +197,7 @@ def evaluate_checkpoint(
     previous: dict[str, torch.Tensor] = {}
     for name in names:
         model, info = load_model(path, "raw" if name == "raw" else "ema")
-        chosen = select_modes(modes, info["decode_modes"] or FOLDER_MODES)
+        chosen = select_modes(modes, info["decode_modes"] or FOLDER_MODES, presets_of(model))
         loader = evaluation_loader(data, image_size_of(model), batch_size, limit, num_workers, allow_pipe)
         if results and _same_tensors(previous, model.state_dict()):
             results[name] = next(iter(results.values()))  # trained without averaging: nothing to score again

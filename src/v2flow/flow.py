@@ -162,7 +162,7 @@ class FlowHead(nn.Module):
         return 0.0 if self.mean is None else self.mean(condition).float()
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
-        """Velocity `[B, M, C]` at `x [B, M, C]`, `t [B, M]`, in the units of `start`."""
+        """Velocity `[B, M, C]` at `x [B, M, C]`, `t [B, M]` or one for all `[1, 1]`, in the units of `normalise`."""
         output = self.field(x, t, condition, known).float()
         u = t[..., None]
         if self.config.target == "velocity":

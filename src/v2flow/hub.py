@@ -6,6 +6,8 @@ compared by SHA-256.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from v2flow.config import TokenizerConfig, from_dict, to_dict
+from v2flow.decode_modes import read_presets, shipped_presets
 from v2flow.errors import V2FlowError
 from v2flow.llm import LLMVocabulary, load_vocabulary
 
@@ -43,6 +46,9 @@ class PretrainedMixin(
             "codec_sha256": model.codec.fingerprint(),
             "tokenizer": to_dict(model.config),
         }
+        if model.decode_presets != shipped_presets():
+            own = {name: {"options": options} for name, options in model.decode_presets.items()}
+            document["decode_presets"] = {"presets": own}
         (save_directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
 
     @classmethod
@@ -100,10 +106,31 @@ def load_folder(cls: Any, folder: Path) -> Any:
     config = from_dict(TokenizerConfig, document["tokenizer"], str(folder / CONFIG))
     vocabulary = _read_vocabulary(folder, config)
     check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
-    model = cls(config, vocabulary)
+    with makes_a(cls.__name__, str(folder / CONFIG)):
+        model = cls(config, vocabulary)
     check_codec(model.codec.fingerprint(), document.get("codec_sha256"), str(folder))
     load_weights(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+    if "decode_presets" in document:
+        model.decode_presets = read_presets(document["decode_presets"], str(folder / CONFIG))
     return model.eval()
+
+
+@contextmanager
+def makes_a(name: str, where: str) -> Iterator[None]:
+    """Tells in one line that a configuration of somebody else's makes no model `name`.
+
+    Raises:
+        V2FlowError: in place of what building it raised.
+    """
+    try:
+        yield
+    except V2FlowError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise V2FlowError(
+            f"{where}: its configuration makes no {name} ({reason}); is it damaged or foreign?"
+        ) from error
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:

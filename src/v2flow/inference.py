@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from v2flow.data.decode import square_crop
-from v2flow.decode_modes import select_modes
+from v2flow.decode_modes import presets_of, select_modes
 from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import FOLDER_MODES
@@ -52,7 +52,8 @@ class LoadedModel:
         return self.model.encode(picture[None].to(self.device))[0].cpu()
 
     def decode_options(self, mode: str | None, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `decode`: those chosen, else those of `mode`, else those of the model's first mode.
+        """Options of `decode`: those chosen, else those of the mode or preset `mode`, else those of the model's first
+        mode.
 
         Raises:
             V2FlowError: an unknown mode, or options for a model whose decoder has none.
@@ -64,7 +65,7 @@ class LoadedModel:
         if chosen:
             return dict(chosen)
         wanted = [mode] if mode is not None else None
-        return next(iter(select_modes(wanted, self.modes).values()))
+        return next(iter(select_modes(wanted, self.modes, presets_of(self.model)).values()))
 
     def decode(self, ids: Tensor, options: Mapping[str, Any], key: Sequence[int]) -> Tensor:
         """The picture `[3, S, S]` of ids `[N]`; the integers `key` seed its noise."""

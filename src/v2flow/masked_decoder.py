@@ -5,12 +5,31 @@ every position with mask tokens where the latent is to be predicted.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from v2flow.config import DecoderConfig
-from v2flow.transformer import Transformer, grid_positions, init_linear
+from v2flow.transformer import KeysValues, Transformer, grid_positions, init_linear
+
+
+@dataclass
+class Prefix:
+    """What the visual tokens of a batch give to every AR iteration.
+
+    Attributes:
+        embeddings: projected tokens with their positions, `[B, N, W]`.
+        states: their states after the encoder, `[B, N, W]`; None where these depend on what is visible
+            (prefix_attention=full).
+        encoder: their keys and values in every block of the encoder; empty without `states`.
+        decoder: the same in the decoder; empty unless they are part of its sequence as well (prefix=attend).
+    """
+
+    embeddings: Tensor
+    states: Tensor | None
+    encoder: list[KeysValues]
+    decoder: list[KeysValues]
 
 
 class MaskedAutoregressiveDecoder(nn.Module):
@@ -60,30 +79,51 @@ class MaskedAutoregressiveDecoder(nn.Module):
             mask: `[B, L]` bool, true = to be predicted; the same number of true entries in every row.
             null: `[B]` bool, true where the tokens are replaced by the null embedding.
         """
+        return self.conditions(self.read_tokens(tokens, null), latents, mask)
+
+    def read_tokens(self, tokens: Tensor, null: Tensor | None = None) -> Prefix:
+        """All that can be computed of tokens `[B, N, D]` and `null [B]`, see `forward`, before any latent is known."""
         # Unit vectors have entries of about 1/sqrt(D): brought to unit scale, or the positions drown them.
         prefix = self.project(tokens * tokens.shape[-1] ** 0.5)
         if null is not None:
             assert self.null is not None
             prefix = torch.where(null[:, None, None], self.null.to(prefix.dtype), prefix)
-        prefix, visible, index = self._encode(prefix + self.token_positions, latents, mask)
-        x = self.mask_token.to(prefix.dtype).expand(len(latents), latents.shape[1], -1)
-        if index.shape[1]:
+        embeddings = prefix + self.token_positions
+        if self.config.prefix_attention == "full":
+            return Prefix(embeddings, None, [], [])
+        states, encoder = self.encoder.read_prefix(embeddings)
+        decoder: list[KeysValues] = []
+        if self.config.prefix == "attend":
+            decoder = self.decoder.read_prefix(states + self.decoder_token_positions)[1]
+        return Prefix(embeddings, states, encoder, decoder)
+
+    def conditions(self, prefix: Prefix, latents: Tensor, mask: Tensor) -> Tensor:
+        """`forward` of tokens that have been read."""
+        states, visible, index = self._encode(prefix, latents, mask)
+        x = self.mask_token.to(states.dtype).expand(len(latents), latents.shape[1], -1)
+        # An empty one too after a prefix of its own: under DDP the embedding of latents has to take part.
+        if index.shape[1] or prefix.states is not None:
             x = x.scatter(1, index[..., None].expand_as(visible), visible)
         x = x + self.decoder_positions
         if self.config.prefix == "aligned":
-            return self.decoder(x + prefix[:, self.above])
-        x = torch.cat([prefix + self.decoder_token_positions, x], dim=1)
-        return self.decoder(x)[:, prefix.shape[1] :]
+            return self.decoder(x + states[:, self.above])
+        if prefix.states is not None:
+            return self.decoder.after_prefix(x, prefix.decoder)
+        x = torch.cat([states + self.decoder_token_positions, x], dim=1)
+        return self.decoder(x)[:, states.shape[1] :]
 
-    def _encode(self, prefix: Tensor, latents: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode(self, prefix: Prefix, latents: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder states of the prefix and of the visible latents, and the visible positions `[B, M]`."""
         visible = mask.shape[1] - int(mask[0].sum())
         # A stable sort puts the visible positions first, in order, without a data-dependent shape.
         index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
         known = latents.gather(1, index[..., None].expand(-1, -1, latents.shape[2]))
-        x = torch.cat([prefix, self.embed(known) + self.latent_positions[index]], dim=1)
-        x = self.encoder(x)
-        return x[:, : prefix.shape[1]], x[:, prefix.shape[1] :], index
+        x = self.embed(known) + self.latent_positions[index]
+        if prefix.states is not None:
+            return prefix.states, self.encoder.after_prefix(x, prefix.encoder) if visible else x, index
+        count = prefix.embeddings.shape[1]
+        x = self.encoder(torch.cat([prefix.embeddings, x], dim=1))
+        return x[:, :count], x[:, count:], index
 
 
 def token_above(token_grid: tuple[int, int], latent_grid: tuple[int, int]) -> Tensor:

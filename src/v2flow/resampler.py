@@ -20,6 +20,7 @@ class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of `[B, C, H, W]`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalises [B, C, h, w] over its channels, each position alone."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -35,6 +36,7 @@ class ConvBlock(nn.Module):
         self.reduce = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """A residual block on [B, C, h, w]."""
         y = self.spatial(F.silu(self.expand(self.norm1(x))))
         return x + self.reduce(F.silu(self.norm2(y)))
 
@@ -51,6 +53,7 @@ class PatchEncoder(nn.Module):
         self.norm = LayerNorm2d(config.width)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to features [B, N, width], N the cells of the token grid, row by row."""
         x = self.before(self.stem(latents.contiguous(memory_format=torch.channels_last)))
         if tuple(x.shape[-2:]) != self.token_grid:
             x = F.adaptive_avg_pool2d(x, self.token_grid)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from v2flow.codec import build_codec
 from v2flow.config import TokenizerConfig
+from v2flow.decode_modes import Presets, preset_options, shipped_presets
 from v2flow.decoding import decode_options, draw_latents
+from v2flow.encoding import encode_ids, nearest_codes, soft_tokens
 from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead
 from v2flow.hub import PretrainedMixin
@@ -67,6 +68,8 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
     Attributes:
         num_tokens: visual tokens a picture, N.
         codebook_size: size of the visual vocabulary, K.
+        decode_presets: options of `decode` by the name of a preset; of an exported folder its own, where they were
+            measured for it.
     """
 
     def __init__(self, config: TokenizerConfig, vocabulary: LLMVocabulary | None = None) -> None:
@@ -90,6 +93,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         )  # fmt: skip
         self.head = FlowHead(channels, config.decoder.width, self.latent_grid, config.velocity)
 
+        self.decode_presets: Presets = shipped_presets()
         self.vocabulary = vocabulary  # the LLM's own rows, not centred; shared with every copy of this module
 
     @property
@@ -162,8 +166,8 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
     def encode(self, images: Tensor, return_soft: bool = False, top_words: int = 5) -> Any:
         """Ids `[B, N]` long of pictures `[B, 3, H, W]` in [0, 1]; with `return_soft` a `SoftTokens`.
 
-        The resampler runs in double precision without noise, in whatever mode the module is: rounding that depends
-        on batch size or threads is then far below any gap between codes, and the ids do not depend on it.
+        Without noise, in whatever mode the module is, and as in double precision: rounding that depends on batch size
+        or threads is then far below any gap between codes, and the ids do not depend on it. See `encode_ids`.
 
         Raises:
             V2FlowError: pictures of another shape than the tokenizer was made for.
@@ -172,28 +176,33 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             return torch.empty(0, self.num_tokens, dtype=torch.long, device=images.device)
         with inference(self), torch.autocast(images.device.type, enabled=False):
             latents = self.codec.encode(images.float())
-            state = {k: v.double() for k, v in _state(self.resampler).items()}
-            options = {"described": None if return_soft else 0, "top": top_words}
-            soft = functional_call(self.resampler, state, (latents.double(),), options)
-            directions = nn.functional.normalize(soft.embeddings, dim=-1)
-            ids = (directions @ self.visual_vocabulary.codes.double().T).argmax(-1)
-        if not return_soft:
-            return ids
+            codes = self.visual_vocabulary.codes
+            if not return_soft:
+                return encode_ids(self.resampler, codes, latents)
+            soft = soft_tokens(self.resampler, latents, torch.float64, described=None, top=top_words)
+            ids, _ = nearest_codes(soft.embeddings, codes)
         return SoftTokens(
             ids, soft.embeddings.float(), soft.words, soft.probabilities.float(), soft.entropy.float()
         )
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+    def decode(
+        self, ids: Tensor, generator: torch.Generator | None = None, preset: str | None = None, **options: Any
+    ) -> Tensor:
         """Pictures `[B, 3, H, W]` in [0, 1] of ids `[B, N]`.
 
         Args:
             generator: source of the noise and of the order of positions; seed it to repeat a picture.
+            preset: fast, balanced or best: settings from a measured frontier of quality against speed, in the place of
+                options.
             options: the fields of `DecodeOptions` (steps, iterations, guidance, solver, …).
 
         Raises:
-            V2FlowError: ids of another shape or outside [0, K), an unknown option, or guidance that was not trained.
+            V2FlowError: ids of another shape or outside [0, K), an unknown option or preset, both of them, or guidance
+                that was not trained.
         """
+        if preset is not None:
+            options = preset_options(self.decode_presets, preset, options)
         settings = decode_options(options)
         if settings.guidance != 1.0 and self.config.decoder.null_probability == 0:
             raise V2FlowError(
@@ -205,7 +214,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             return torch.empty(0, 3, self.config.image_size, self.config.image_size)
         device = self.visual_vocabulary.codes.device
         with inference(self), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            tokens = self.visual_vocabulary.lookup(ids.to(device))
+            tokens = self.visual_vocabulary.lookup(ids.to(device).long())
             height, width = self.latent_grid
             channels = self.head.residual_std.shape[0]
             latents = draw_latents(
@@ -215,7 +224,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             return self.codec.decode(latents).float().clamp(0, 1)
 
     def reconstruct(self, images: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
-        """`decode(encode(images))`."""
+        """`decode(encode(images))`; `options` as of `decode`, a preset included."""
         return self.decode(self.encode(images), generator, **options)
 
 
@@ -251,7 +260,8 @@ def check_ids(ids: Tensor, num_tokens: int, codebook_size: int) -> None:
     Raises:
         V2FlowError: what is wrong with them.
     """
-    if ids.ndim != 2 or ids.shape[1] != num_tokens or ids.is_floating_point():
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.ndim != 2 or ids.shape[1] != num_tokens or not integers:
         raise V2FlowError(
             f"ids: expected integers of shape [B, {num_tokens}], found {ids.dtype} {list(ids.shape)}"
         )
@@ -259,10 +269,6 @@ def check_ids(ids: Tensor, num_tokens: int, codebook_size: int) -> None:
         raise V2FlowError(
             f"ids: expected values from 0 to {codebook_size - 1}, found {int(ids.min())} to {int(ids.max())}"
         )
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 @contextmanager

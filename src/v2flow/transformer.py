@@ -1,9 +1,15 @@
 """Transformer blocks shared by the masked decoder, the joint velocity field and the baselines."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one attention layer, each `[B, heads, N, D / heads]`."""
 
 
 class Attention(nn.Module):
@@ -16,9 +22,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] to [B, N, width]; every position attends to all."""
+        return self.extend(x)[0]
+
+    def extend(self, x: Tensor, prefix: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
+        """Every position of x `[B, N, D]` attends to the prefix before it and to all of x; and the keys and values of
+        both."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        if prefix is not None:
+            k, v = torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        return self.out(out), (k, v)
 
 
 class Mlp(nn.Sequential):
@@ -37,8 +52,15 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(width), Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] to [B, N, width]."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def extend(self, x: Tensor, prefix: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
+        """x `[B, N, width]` after a prefix, see `Attention.extend`."""
+        attended, keys_values = self.attention.extend(self.norm1(x), prefix)
+        x = x + attended
+        return x + self.mlp(self.norm2(x)), keys_values
 
 
 class Transformer(nn.Module):
@@ -46,17 +68,34 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, checkpointing: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks: Iterable[Block] = nn.ModuleList(Block(width, heads) for _ in range(depth))  # type: ignore[assignment]
         self.norm = nn.LayerNorm(width)
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] to [B, N, width], normalised at the end."""
         for block in self.blocks:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self._run(block, x)
         return self.norm(x)
+
+    def read_prefix(self, x: Tensor) -> tuple[Tensor, list[KeysValues]]:
+        """States of a prefix `[B, P, D]` that attends only to itself, and its keys and values in every block."""
+        kept = []
+        for block in self.blocks:
+            x, keys_values = self._run(block.extend, x)
+            kept.append(keys_values)
+        return self.norm(x), kept
+
+    def after_prefix(self, x: Tensor, prefix: list[KeysValues]) -> Tensor:
+        """States of x `[B, N, D]` that attends to itself and to a prefix, as `read_prefix` left it."""
+        for block, keys_values in zip(self.blocks, prefix, strict=True):
+            x, _ = self._run(block.extend, x, keys_values)
+        return self.norm(x)
+
+    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def grid_positions(rows: int, columns: int, width: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Velocity fields: networks that see noisy latents, their timestep and a condition.
 
 Per position (the paper's, after MAR's AdaLN MLP) or joint over all positions of a picture. Both map
-`x [B, M, C]`, `t [B, M]`, `condition [B, M, W]`, `known [B, M]` to an output `[B, M, C]`; what the output
+`x [B, M, C]`, `t [B, M]`, `condition [B, M, W]`, `known [B, M]` to an output `[B, M, C]`; a time that all positions
+share may be given as `t [1, 1]`, and what depends on it alone is then computed once. What the output
 means (velocity, x_0 or a preconditioned residual) is decided in flow.py.
 """
 
@@ -28,6 +29,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
+        """Times t of any shape [...] in [0, 1] to vectors [..., width]."""
         angles = t.float()[..., None] * self.frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
@@ -46,18 +48,24 @@ class AdaLNBlock(nn.Module):
         self.modulation = nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor, control: Tensor) -> Tensor:
+        """[..., width] to the same, shifted, scaled and gated by `control`."""
         shift, scale, gate = self.modulation(control).chunk(3, dim=-1)
         return x + gate * self.mlp(_modulate(self.norm(x), shift, scale))
 
 
 class PerPositionField(nn.Module):
-    """AdaLN MLP on each position alone (paper section 3.3; MAR's denoising MLP)."""
+    """AdaLN MLP on each position alone (paper section 3.3; MAR's denoising MLP).
+
+    With `modulation=timestep` the condition is added at the input, as in `JointField`; otherwise, as in the paper, to
+    the timestep's vector.
+    """
 
     joint = False
 
     def __init__(self, channels: int, condition_dim: int, config: VelocityConfig) -> None:
         super().__init__()
         width = config.width
+        self.by_timestep = config.modulation == "timestep"
         self.inputs = nn.Linear(channels, width)
         self.time = TimestepEmbedding(width)
         self.condition = nn.Linear(condition_dim, width)
@@ -68,8 +76,13 @@ class PerPositionField(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
-        control = F.silu(self.time(t) + self.condition(condition))
-        h = self.inputs(x)
+        """Noisy latents x [M, N, C] at times t [M, N] under conditions [M, N, D]; `known` is not used."""
+        h, control, condition = self.inputs(x), self.time(t), self.condition(condition)
+        if self.by_timestep:
+            h = h + condition
+        else:
+            control = control + condition
+        control = F.silu(control)
         for block in self.blocks:
             h = block(h, control)
         shift, scale = self.modulation(control).chunk(2, dim=-1)
@@ -88,6 +101,7 @@ class JointBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, control: Tensor) -> Tensor:
+        """[M, N, width] to the same; `control` [M, 1, width] is one for all positions."""
         a, b, c, d, e, f = self.modulation(control).chunk(6, dim=-1)
         x = x + c * self.attention(_modulate(self.norm1(x), a, b))
         return x + f * self.mlp(_modulate(self.norm2(x), d, e))
@@ -138,6 +152,9 @@ class JointField(nn.Module):
         zero(self.output)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
+        """Noisy latents x [M, N, C] at times t [M, N], one a picture, under conditions [M, N, D];
+        `known` [M, N] marks latents that are given.
+        """
         control = F.silu(self.time(t[:, :1]))
         fine = None
         if self.fine_patch > 1:

@@ -77,6 +77,7 @@ class Logits:
     temperature: float = 1.0
 
     def to(self, dtype: torch.dtype) -> "Logits":
+        """The same logits with queries, keys and bias of another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, queries=self.queries.to(dtype), keys=self.keys.to(dtype), bias=bias)
 

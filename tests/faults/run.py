@@ -1,6 +1,6 @@
 """Kills `v2flow fit` at random moments, resumes it, and says whether the trainings were those of a run in a piece.
 
-python tests/faults/run.py --kills 50 --seed 0 --out faults.json
+python tests/faults/run.py --kills 50 --data 5 --seed 0 --out faults.json
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 for place in (Path(__file__).parent, Path(__file__).parent.parent):
     sys.path.insert(0, str(place))
 
+from data_faults import FAULTS, run_data_faults  # noqa: E402
 from harness import STAGES, run_ranks, run_stage  # noqa: E402
 
 
@@ -22,8 +23,12 @@ def main() -> int:
         description="Kill and resume small trainings; exit status 1 at a difference."
     )
     parser.add_argument("--kills", type=int, default=50, help="runs to kill, for each stage")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     parser.add_argument("--ranks", action="store_true", help="also stop and resume two ranks")
+    parser.add_argument(
+        "--data", type=int, default=0, help="also try each fault of data, disk and clock so often"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=None, help="of those, these alone")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; by default a new one")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
     parser.add_argument("--folder", type=Path, default=None, help="where the runs are left to be looked at")
@@ -40,7 +45,7 @@ def main() -> int:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for number, stage in enumerate(options.stages):
-            started = time.time()
+            started = time.monotonic()
             tally = run_stage(
                 stage, folder, options.kills, seed + number, lambda line: print(line, flush=True)
             )
@@ -50,16 +55,24 @@ def main() -> int:
                 "trainings": tally.rounds,
                 "lines_a_training": tally.lines,
                 "differences": tally.differences,
-                "seconds": round(time.time() - started),
+                "seconds": round(time.monotonic() - started),
             }
         if options.ranks:
             result["stages"]["ranks"] = {"differences": run_ranks(folder / "two-ranks")}
+        if options.data:
+            found = run_data_faults(
+                folder / "data", seed, options.data, options.only, lambda line: print(line, flush=True)
+            )
+            result["data_faults"] = {
+                name: {"rounds": options.data, "differences": d} for name, d in found.items()
+            }
     text = json.dumps(result, indent=2)
     print(text)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text + "\n")
-    return int(any(stage["differences"] for stage in result["stages"].values()))
+    parts = [*result["stages"].values(), *result.get("data_faults", {}).values()]
+    return int(any(part["differences"] for part in parts))
 
 
 if __name__ == "__main__":

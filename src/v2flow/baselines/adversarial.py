@@ -36,6 +36,7 @@ class PatchDiscriminator(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] to a map of logits [B, 1, h, w]: above 0 it takes a patch for real."""
         # Its gradients are too small for half precision, and no scaler looks after them.
         with torch.autocast(images.device.type, enabled=False):
             return super().forward(images.float() * 2 - 1)

@@ -56,9 +56,11 @@ class AutoencoderModule(ReconstructionModule):
 
     @property
     def needs_pictures(self) -> str | None:
+        """The option that compares pixels, or None if cached latents will do."""
         return "option pixel_losses" if self.pixel_losses.active else None
 
     def setup(self, stage: str) -> None:
+        """Synchronises the quantiser over ranks, and loads the networks of the pixel losses before training."""
         super().setup(stage)
         self.model.follow_process_group()
         if stage == "fit":
@@ -71,6 +73,7 @@ class AutoencoderModule(ReconstructionModule):
         return self._pixels
 
     def training_stages(self) -> dict[str, tuple[float, float]]:
+        """Two stages where the adversarial loss starts late: a step costs more from then on."""
         begin = self.pixel_losses.adversarial_start / self.optimizer_config.total_steps
         if not self.pixel_losses.adversarial or not begin:
             return super().training_stages()
@@ -79,6 +82,7 @@ class AutoencoderModule(ReconstructionModule):
     def training_losses(
         self, images: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
+        """Terms for pictures [B, 3, H, W] in [0, 1]; `loss` is what is minimised."""
         with self._draws_of(generator):
             total, terms, latents = self.model(images)
         networks = self._pixel_networks(images.device)
@@ -92,6 +96,7 @@ class AutoencoderModule(ReconstructionModule):
     def latent_losses(
         self, latents: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
+        """The same terms for cached codec latents [B, C, h, w], without the losses on pixels."""
         with self._draws_of(generator):
             total, terms, _ = self.model.reconstruct_latents(latents)
         return {"loss": total} | terms
@@ -105,19 +110,23 @@ class AutoencoderModule(ReconstructionModule):
             yield
 
     def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Terms for held-out pictures; losses on pixels other than the mean are left out."""
         total, terms = self.model.losses(images)
         return {"loss": total} | terms
 
     def describe(self) -> dict[str, Any]:
+        """What a checkpoint has to agree with, the pixel losses included."""
         losses = self.pixel_losses if self.pixel_losses.active else PixelLossConfig()
         return super().describe() | {"pixel_losses": asdict(losses)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the discriminator and its optimiser beside the model."""
         super().on_save_checkpoint(checkpoint)
         if self._pixels is not None and self._pixels.adversary is not None:
             checkpoint["adversary"] = self._pixels.adversary.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the discriminator and its optimiser."""
         if "v2flow" in checkpoint:  # older ones do not say that they had none
             checkpoint["v2flow"].setdefault("pixel_losses", asdict(PixelLossConfig()))
         super().on_load_checkpoint(checkpoint)

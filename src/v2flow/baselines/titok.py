@@ -61,11 +61,13 @@ class TiTokAutoencoder(Autoencoder):
             init_linear(part)
 
     def features(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to unquantised tokens [B, N, D]: what N queries have gathered from all positions."""
         x = self.embed(latents.flatten(2).transpose(1, 2)) + self.encoder_positions
         x = self.encoder(torch.cat([x, self.queries.expand(len(x), -1, -1)], dim=1))
         return self.to_code(x[:, -self.num_tokens :])
 
     def latents(self, codes: Tensor) -> Tensor:
+        """Quantised tokens [B, N, D] to latents [B, C, h, w], from mask tokens at all positions."""
         tokens = self.from_code(codes) + self.token_positions
         masks = (self.mask_token + self.decoder_positions).expand(len(codes), -1, -1)
         x = self.decoder(torch.cat([tokens, masks], dim=1))[:, self.num_tokens :]

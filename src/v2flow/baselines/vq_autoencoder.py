@@ -54,8 +54,10 @@ class VQAutoencoder(Autoencoder):
         self.register_buffer("above", token_above((rows, columns), self.latent_grid), persistent=False)
 
     def features(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to unquantised tokens [B, N, D] on the token grid."""
         return self.to_code(self.encoder(latents))
 
     def latents(self, codes: Tensor) -> Tensor:
+        """Quantised tokens [B, N, D] to latents [B, C, h, w]; each position starts from the token above it."""
         x = self.from_code(codes)[:, self.above] + self.positions
         return self.output(self.decoder(x)).transpose(1, 2).unflatten(2, self.latent_grid)

@@ -159,12 +159,15 @@ class TokenizerRows:
 
     @property
     def trained(self) -> list[str]:
+        """Names of the rows that are trained here."""
         return list(self.modules)
 
     def check_evaluation(self, options: Any) -> None:
+        """Refuses options of `v2flow evaluate` that only text-to-image models have."""
         refuse_text_to_image_options(options)
 
     def build(self, row: Row) -> RowFacts:
+        """Builds a row's model and checks that it does not train on the evaluation pictures."""
         if row.tokenizer is not None:
             return self._facts(load_own(row.tokenizer))
         module, data = build_experiment(fit_command(self.suite, row, self.suite.seeds[0], None)[1:])
@@ -178,6 +181,7 @@ class TokenizerRows:
         return RowFacts(model.num_tokens, model.codebook_size, bits, parameters)
 
     def measure(self, progress: bool) -> dict[str, dict[str, Any]]:
+        """Time, FLOPs and memory of each trained row, measured in turns."""
         modules = {name: self.modules[name] for name in reference_first(self.suite, self.trained)}
         return measure_overhead(modules, self.batch_size, threads=self.suite.threads, progress=progress)
 

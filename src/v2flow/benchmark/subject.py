@@ -49,6 +49,7 @@ class TrainingSubject:
         raise NotImplementedError
 
     def share(self, stage: str) -> float:
+        """Share of the training that a stage takes, in [0, 1]."""
         begin, end = self.stages[stage]
         return end - begin
 
@@ -99,13 +100,16 @@ class Subject(TrainingSubject):
         self.ids = torch.randint(0, self.model.codebook_size, shape, generator=noise, device=device)
 
     def loss(self, stage: str, draw: int) -> Tensor:
+        """The loss in the middle of a stage; the draw decides its random numbers."""
         progress = sum(self.stages[stage]) / 2
         return self.module.training_losses(self.images, progress, seeded_generator(self.device, draw))["loss"]
 
     def encode(self) -> None:
+        """Encodes the batch once."""
         self.model.encode(self.images)
 
     def decode(self, mode: str, draw: int) -> None:
+        """Decodes the batch's ids once in this mode."""
         options = dict(self.module.decode_modes[mode])
         if self.takes_generator:
             options["generator"] = seeded_generator(self.device, draw)
@@ -149,6 +153,7 @@ def peak_rise(action: Callable[[], Any], device: torch.device) -> int:
 
 
 def seconds_of(action: Callable[[], None], device: torch.device) -> float:
+    """Wall-clock seconds of a call, with the device synchronised before and after."""
     _synchronize(device)
     start = time.perf_counter()
     action()

@@ -42,10 +42,12 @@ class TextToImageFacts(RowFacts):
 
     @property
     def inputs(self) -> list[str]:
+        """What a result depends on beside its experiment: the tokenizer's weights."""
         return [self.tokenizer_sha256]
 
     @property
     def size(self) -> str:
+        """Words on the size for the printed plan."""
         return f" of {self.parameters_total / 1e6:.1f} in all, {self.llm}"
 
 
@@ -58,6 +60,7 @@ class TextToImageRows:
         self.batch_size = 1
 
     def check_evaluation(self, options: Any) -> None:
+        """Refuses options of `v2flow evaluate` that only tokenizers have."""
         if options.probes or options.inception_weights:
             name = "probes" if options.probes else "inception-weights"
             raise V2FlowError(
@@ -69,6 +72,7 @@ class TextToImageRows:
             )
 
     def build(self, row: Row) -> RowFacts:
+        """Builds a row's model once for its facts, and checks data and held-out captions."""
         module, data = self._experiment(row)
         check_held_out(self.suite.evaluate.data, data.train, self.suite.file)
         check_captions_held_out(self.suite.evaluate.data, data.train, self.suite.file)

@@ -39,6 +39,7 @@ class TextToImageSubject(TrainingSubject):
         return self._read[draw]
 
     def loss(self, stage: str, draw: int) -> Tensor:
+        """The training loss on one batch of token shards; the draw decides batch and random numbers."""
         captions, ids = self.batch(draw)
         generator = seeded_generator(self.device, draw)
         return self.module.losses(self.module.drop_captions(captions, generator), ids, generator)["loss"]
@@ -49,12 +50,14 @@ class TextToImageSubject(TrainingSubject):
         self.optimizer.state.clear()
 
     def flops(self, stage: str, draw: int) -> int:
+        """FLOPs of a step; gradients and optimiser state are released afterwards."""
         try:
             return super().flops(stage, draw)
         finally:
             self.release()
 
     def peak_memory(self, stage: str, draws: int) -> int:
+        """Peak bytes of a step, the optimiser's state included; released afterwards."""
         try:
             self.step(stage, 0)  # makes the optimiser's state, which lies there from then on
             return super().peak_memory(stage, draws)
@@ -62,12 +65,14 @@ class TextToImageSubject(TrainingSubject):
             self.release()
 
     def generate(self, draw: int) -> Any:
+        """Draws the ids of one batch of captions."""
         captions, _ = self.batch(draw)
         return self.model.generate(
             captions, batch_size=self.batch_size, generator=seeded_generator(torch.device("cpu"), draw)
         )
 
     def time(self, draw: int) -> dict[str, float]:
+        """Seconds of a training step and of drawing one batch."""
         self.module.train()
         self.step("all", draw)  # not timed: it makes the optimiser's state anew
         seconds = {"step all": seconds_of(partial(self.step, "all", draw), self.device)}

@@ -148,6 +148,7 @@ class SampleReader(Reader):
         return picture
 
     def mirrored(self, content: np.ndarray) -> np.ndarray:
+        """The mirror image of decoded content [H, W, C]."""
         return content[:, ::-1]
 
     def blank(self) -> np.ndarray:

@@ -2,18 +2,23 @@
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a few kilobytes can unfold to gigabytes."""
+MAX_CAPTION = 1 << 20
+"""Bytes of a caption; a longer one is a mistake, or an attempt to fill the memory."""
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Decoders that may run on shards, whatever a member is called."""
 RESAMPLING = Image.Resampling.BICUBIC
 _FAILURES = (
     OSError, ValueError, SyntaxError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,
-    MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    MemoryError, ArithmeticError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
@@ -89,12 +94,17 @@ def decode_caption(txt: bytes | None, json_text: bytes | None) -> str | None:
     """The caption of a sample: its `txt` member, else the string `caption` of its `json` member, else None.
 
     Raises:
-        BadSampleError: the member is there and cannot be read.
+        BadSampleError: the member is there and cannot be read, or is longer than `MAX_CAPTION`.
     """
+    length = len(txt if txt is not None else json_text or b"")
+    if length > MAX_CAPTION:
+        raise BadSampleError(f"caption: {length:,} bytes, more than {MAX_CAPTION:,}")
     try:
         if txt is not None:
             return txt.decode().strip()
         caption = json.loads(json_text).get("caption") if json_text is not None else None
-    except (ValueError, AttributeError) as error:
+        if isinstance(caption, str):
+            caption.encode()  # half of a surrogate pair, which JSON can hold, is no text
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"caption: {str(error).splitlines()[0]}") from error
     return caption.strip() if isinstance(caption, str) else None

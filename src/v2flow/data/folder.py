@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,8 +57,9 @@ def build_folder(
 ) -> FolderReport:
     """Builds `train-*.tar`, `val-*.tar` and `test-*.tar` from a folder of pictures, with a manifest.
 
-    A key is the path within the folder without its extension, dots replaced by `_`. JPEG, PNG and WebP are
-    copied byte for byte; BMP, GIF, TIFF, PPM and JPEG 2000 become PNG. Each picture is decoded once, and those
+    A key is the path within the folder without its extension, dots replaced by `_`. Links that lead out of the folder
+    are not followed: a folder made by somebody else must not bring files of yours into the shards. JPEG, PNG and WebP
+    are copied byte for byte; BMP, GIF, TIFF, PPM and JPEG 2000 become PNG. Each picture is decoded once, and those
     that cannot be are left out and reported.
 
     Args:
@@ -82,14 +84,18 @@ def build_folder(
     texts = _read_csv(Path(captions), source, files) if captions is not None else None
     splits = _assign_splits(files, source, val_fraction, test_fraction, split_by)
     build: dict[str, Any] = {"kind": "folder", "val_fraction": val_fraction, "test_fraction": test_fraction}
-    build |= {"split_by": split_by, "samples_per_shard": samples_per_shard, "pictures": _digest(files, texts)}
+    build |= {
+        "split_by": split_by,
+        "samples_per_shard": samples_per_shard,
+        "pictures": _digest(files, source, texts),
+    }
     report = FolderReport()
     finished = finished_build(out, build)
     if finished is not None:
         report.samples = finished
-        report.captions = sum(_caption(path, texts) is not None for path in files.values())
+        report.captions = sum(_caption(path, source, texts) is not None for path in files.values())
         return report
-    samples = _samples(files, texts, splits, processes, max_bad, report, progress)
+    samples = _samples(files, source, texts, splits, processes, max_bad, report, progress)
     report.samples = write_shards(out, samples, build, samples_per_shard)
     return report
 
@@ -149,10 +155,16 @@ def _read_csv(path: Path, source: Path, files: dict[str, Path]) -> dict[Path, st
     return captions
 
 
-def _caption(path: Path, texts: dict[Path, str] | None) -> str | None:
+def _leads_out(path: Path, source: Path) -> bool:
+    return path.is_symlink() and not path.resolve().is_relative_to(source.resolve())
+
+
+def _caption(path: Path, source: Path, texts: dict[Path, str] | None) -> str | None:
     if texts is not None:
         return texts.get(path) or None
     beside = path.with_suffix(".txt")
+    if _leads_out(beside, source):
+        raise V2FlowError(f"{beside}: expected a caption, found a link out of {source}; copy the file there")
     try:
         return beside.read_text(encoding="utf-8-sig").strip() or None if beside.is_file() else None
     except UnicodeDecodeError as error:
@@ -182,17 +194,21 @@ def _assign_splits(
     return {key: split_of[group] for key, group in groups.items()}
 
 
-def _digest(files: dict[str, Path], texts: dict[Path, str] | None) -> str:
+def _digest(files: dict[str, Path], source: Path, texts: dict[Path, str] | None) -> str:
     """Changes when pictures or captions are added, removed or changed."""
     digest = hashlib.sha256()
     for key, path in files.items():
         status = path.stat()
-        digest.update(f"{key}\0{status.st_size}\0{status.st_mtime_ns}\0{_caption(path, texts)}\n".encode())
+        digest.update(
+            f"{key}\0{status.st_size}\0{status.st_mtime_ns}\0{_caption(path, source, texts)}\n".encode()
+        )
     return digest.hexdigest()
 
 
-def _encode(path: Path) -> tuple[str, bytes] | str:
+def _encode(path: Path, source: Path) -> tuple[str, bytes] | str:
     """Extension and bytes of a picture that decodes, or what is wrong with it."""
+    if _leads_out(path, source):
+        return f"a link out of {source}; copy the picture there"
     try:
         data = path.read_bytes()
         extension = COPIED.get(path.suffix.lower())
@@ -208,6 +224,7 @@ def _encode(path: Path) -> tuple[str, bytes] | str:
 
 def _samples(
     files: dict[str, Path],
+    source: Path,
     texts: dict[Path, str] | None,
     splits: dict[str, str],
     processes: int,
@@ -216,7 +233,7 @@ def _samples(
     progress: bool,
 ) -> Iterator[Sample]:
     with ProcessPoolExecutor(max(1, processes)) as pool:
-        encoded = pool.map(_encode, files.values(), chunksize=8)
+        encoded = pool.map(_encode, files.values(), repeat(source), chunksize=8)
         bar = tqdm(encoded, "read pictures", len(files), unit="picture", disable=not progress, delay=2.0)
         for (key, path), result in zip(files.items(), bar, strict=True):
             if isinstance(result, str):
@@ -227,7 +244,7 @@ def _samples(
                     )
                 continue
             members = dict([result])
-            caption = _caption(path, texts)
+            caption = _caption(path, source, texts)
             if caption is not None:
                 members["txt"] = caption.encode()
                 report.captions += 1

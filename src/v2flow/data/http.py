@@ -21,12 +21,14 @@ class HttpLimits:
 
     Attributes:
         stall: seconds without a byte, also while connecting.
+        slowest: bytes a second; less than this over `stall` seconds of waiting is a crawl, and a new attempt.
         total: seconds for the whole transfer.
         retries: attempts after the first one; reading on counts a new attempt only where nothing came.
         backoff: seconds before the first retry; doubled each time, at most 30.
     """
 
     stall: float = 30.0
+    slowest: float = 1000.0
     total: float = 3600.0
     retries: int = 5
     backoff: float = 1.0
@@ -65,10 +67,13 @@ class HttpStream(io.RawIOBase):
         self._limits = limits or LIMITS
         self._deadline = time.monotonic() + self._limits.total
         self._failures = 0
+        self._crawls = 0
+        self._waited, self._came = 0.0, 0  # seconds and bytes since the speed was looked at last
         self._response: http.client.HTTPResponse | None = None
         self._attempt(self._open)
 
     def readable(self) -> bool:
+        """Yes."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -77,6 +82,7 @@ class HttpStream(io.RawIOBase):
         return self._attempt(lambda: self._read_some(view)) if len(view) else 0
 
     def close(self) -> None:
+        """Closes the connection."""
         if self._response is not None:
             self._response.close()
             self._response = None
@@ -151,10 +157,12 @@ class HttpStream(io.RawIOBase):
             self._open()
             if self._response is None:
                 return 0
+        begun = time.monotonic()
         data = self._response.read1(
             len(view)
         )  # what is there, so that the time limit is looked at in between
         count = len(data)
+        self._watch_speed(time.monotonic() - begun, count)
         view[:count] = data
         if count == 0 and self.file.size is not None and self.position < self.file.size:
             raise http.client.IncompleteRead(b"", self.file.size - self.position)
@@ -162,6 +170,23 @@ class HttpStream(io.RawIOBase):
         if count:
             self._failures = 0
         return count
+
+    def _watch_speed(self, seconds: float, count: int) -> None:
+        """Gives up a connection that crawls: another one may be served better. What has come is kept."""
+        self._waited, self._came = self._waited + seconds, self._came + count
+        if self._waited < self._limits.stall:
+            return
+        rate, self._waited, self._came = self._came / self._waited, 0.0, 0
+        if rate >= self._limits.slowest or count == 0 or self._response is None:
+            return
+        self._response.close()
+        self._response = None
+        self._crawls += 1
+        if self._crawls > self._limits.retries:
+            raise V2FlowError(
+                f"{self.url}: gave up at byte {self.position + count} after {self._crawls} connections of "
+                f"{rate:.0f} bytes a second, expected at least {self._limits.slowest:g}; is the server overloaded?"
+            )
 
 
 def describe(response: http.client.HTTPResponse) -> RemoteFile:

@@ -41,8 +41,10 @@ class LatentSource:
     Attributes:
         codec: its kind.
         codec_sha256: of its frozen weights, see `ImageCodec.fingerprint`.
-        channels, downsample: see `ImageCodec`.
-        scale, shift: see `CodecConfig`.
+        channels: see `ImageCodec`.
+        downsample: see `ImageCodec`.
+        scale: see `CodecConfig`.
+        shift: see `CodecConfig`.
         image_size: side of the square pictures in pixels.
     """
 
@@ -111,7 +113,7 @@ class LatentFormat:
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:
-        """(M, C, h, w): views of a picture, channels, rows, columns."""
+        """Views of a picture M, channels C, rows h and columns w."""
         side = self.source.image_size // self.source.downsample
         return 1 + self.flip, self.source.channels, side, side
 
@@ -230,6 +232,7 @@ class LatentReader(Reader):
         return content[1:]
 
     def blank(self) -> np.ndarray:
+        """Cached latents stand in for training pictures only, which are never padded."""
         raise NotImplementedError("cached latents are for training; evaluation needs pictures")
 
     def stack(self, contents: Sequence[np.ndarray]) -> dict[str, Tensor]:

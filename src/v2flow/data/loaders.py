@@ -1,6 +1,8 @@
 """Loaders of whole batches: for training, with a position that can be saved; for evaluation, padded and masked."""
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +14,9 @@ from v2flow.data.batches import Batch, EvaluationBatches, Request, TrainBatches,
 from v2flow.errors import V2FlowError
 
 _log = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""Deaths of workers without a batch in between that end a run."""
 
 
 class _Requests(Sampler):
@@ -32,20 +37,29 @@ def _same(batch: Any) -> Any:
 
 
 class _Workers:
-    """Runs requests in their order, request i in worker i mod W, and keeps the account of bad samples."""
+    """Runs requests in their order, request i in worker i mod W, and keeps the account of bad samples.
+
+    A batch is a function of its request alone, so what a killed worker had in hand is made again by a new one.
+    """
 
     def __init__(self, dataset: Dataset, num_workers: int, max_bad: int, persistent: bool) -> None:
+        self._dataset = dataset
+        self._num_workers = num_workers
+        self._persistent = persistent and num_workers > 0
         self._requests = _Requests()
         self._max_bad = max_bad
         self._bad: dict[int, str] = {}
-        self._loader = DataLoader(
-            dataset,
+        self._loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader:
+        return DataLoader(
+            self._dataset,
             batch_size=None,
             sampler=self._requests,
-            num_workers=num_workers,
+            num_workers=self._num_workers,
             collate_fn=_same,
-            persistent_workers=persistent and num_workers > 0,
-            prefetch_factor=4 if num_workers > 0 else None,
+            persistent_workers=self._persistent,
+            prefetch_factor=4 if self._num_workers > 0 else None,
             generator=torch.Generator().manual_seed(0),  # else each pass draws from the global generator
         )
 
@@ -53,10 +67,10 @@ class _Workers:
         """Batches of the requests.
 
         Raises:
-            V2FlowError: a mistake in the data, or more than `max_bad` undecodable samples.
+            V2FlowError: a mistake in the data, more than `max_bad` undecodable samples, or workers that die again
+                and again.
         """
-        self._requests.requests = requests
-        for batch in self._loader:
+        for batch in self._batches(requests):
             if batch.error is not None:
                 raise V2FlowError(batch.error)
             for sample, message in batch.bad.items():
@@ -66,6 +80,51 @@ class _Workers:
             if len(self._bad) > self._max_bad:
                 raise V2FlowError(too_many(self._bad.values(), self._max_bad))
             yield batch
+
+    def _batches(self, requests: list[Request]) -> Iterator[Batch]:
+        done = deaths = 0
+        while done < len(requests):
+            self._requests.requests = requests[done:]
+            try:
+                batches = iter(self._loader)
+                _leave_dead_workers_to_us()
+                for batch in batches:
+                    done, deaths = done + 1, 0
+                    yield batch
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if self._num_workers == 0 or not _is_a_death(error):
+                    raise
+                deaths += 1
+                if deaths > MAX_DEATHS:
+                    raise V2FlowError(
+                        f"data workers: {deaths} were killed without a batch in between ({_line(error)}), maybe for "
+                        "lack of memory; lower data.num_workers or data.batch_size and resume with --ckpt_path last"
+                    ) from error
+                _log.warning("a data worker was killed (%s): its batches are made again", _line(error))
+            self._loader = self._new_loader()
+
+
+def _is_a_death(error: BaseException) -> bool:
+    """Whether a worker is dead: PyTorch says so, or a connection to it broke while a batch was fetched from it.
+
+    What a worker itself raises comes with the story of where it was caught.
+    """
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return "in DataLoader worker process" not in str(error)
+
+
+def _leave_dead_workers_to_us() -> None:
+    """PyTorch's handler of SIGCHLD raises an error on a dead worker wherever the training happens to be."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if str(getattr(signal.getsignal(signal.SIGCHLD), "__module__", "")).startswith("torch."):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _as_dict(batch: Batch) -> dict[str, Any]:

@@ -8,11 +8,12 @@ indexes, written last; for others the index is made once and kept in the cache f
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,12 +24,16 @@ from webdataset.tariterators import base_plus_ext
 from v2flow.errors import V2FlowError
 from v2flow.paths import atomic_path, cache_dir
 
+_log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 FORMAT = "v2flow-shards-1"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FIELDS = ("image", "txt", "json", "cls")
 """What is read of a sample; members of any other extension are never opened."""
 _FIELD_OF = {**dict.fromkeys(IMAGE_EXTENSIONS, 0), "txt": 1, "json": 2, "cls": 3}
+MAX_KEY = 4096
+"""Bytes of a key: an index gives each key the room of the longest."""
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips too
 
 
@@ -39,7 +44,7 @@ class ShardIndex:
     Attributes:
         size: bytes of the tar file.
         keys: UTF-8 bytes, dtype S, [n].
-        members: int64 [n, 4, 2]: offset and size of the fields in :data:`FIELDS`; offset -1 where absent.
+        members: int64 [n, 4, 2]: offset and size of the fields in `FIELDS`; offset -1 where absent.
     """
 
     size: int
@@ -50,6 +55,7 @@ class ShardIndex:
         return len(self.keys)
 
     def key(self, sample: int) -> str:
+        """Key of a sample, counted from 0 in the shard."""
         return self.keys[sample].decode()
 
     def missing(self, *fields: str) -> np.ndarray:
@@ -82,7 +88,9 @@ def index_tar(path: str | Path, name: str | None = None) -> ShardIndex:
             return _scan(file, os.fstat(file.fileno()).st_size, name)
     except FileNotFoundError as error:
         raise V2FlowError(f"{name}: no such shard; check the path and the braces") from error
-    except (tarfile.TarError, EOFError) as error:
+    except V2FlowError:
+        raise
+    except TAR_ERRORS as error:
         raise V2FlowError(
             f"{name}: cut short, or not an uncompressed tar file ({_first_line(error)}); copy or build it again"
         ) from error
@@ -96,9 +104,8 @@ def _scan(file: BinaryIO, size: int, name: str) -> ShardIndex:
     extensions: set[str] = set()
     seen: set[str] = set()
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # else each header stays in memory
-            if not member.isreg() or _META.match(member.name):
+        for member in plain_files(archive, name):
+            if _META.match(member.name):
                 continue
             if member.offset_data + member.size > size:
                 raise V2FlowError(
@@ -108,6 +115,7 @@ def _scan(file: BinaryIO, size: int, name: str) -> ShardIndex:
             if key is None:
                 continue
             if not keys or key != keys[-1]:
+                check_key(key, name)
                 if key in seen:
                     raise V2FlowError(f"{name}: two samples of the key {key!r}; {_DUPLICATE_ADVICE}")
                 seen.add(key)
@@ -118,6 +126,45 @@ def _scan(file: BinaryIO, size: int, name: str) -> ShardIndex:
         end = archive.offset
     _check_end(file, end, size, len(keys), name)
     return make_index(size, keys, members)
+
+
+def check_key(key: str, name: str) -> None:
+    """Refuse a key that is not UTF-8 or longer than `MAX_KEY`.
+
+    Raises:
+        V2FlowError: names the shard and the key.
+    """
+    try:
+        length = len(key.encode())
+    except UnicodeEncodeError as error:
+        raise V2FlowError(f"{name}: the member name {key[:40]!r} is not UTF-8; rename it") from error
+    if length > MAX_KEY:
+        raise V2FlowError(f"{name}: a key of {length} bytes, {key[:40]!r}…, more than {MAX_KEY}; rename it")
+
+
+# What the tarfile module raises on headers that make no sense: their numbers, texts and sizes can be anything.
+TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, LookupError, TypeError)
+
+
+def plain_files(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
+    """The plain files of a tar from front to back: no links, folders, devices or files with holes.
+
+    Args:
+        name: what to call it in messages.
+
+    Raises:
+        V2FlowError: a header that leads back to one before it.
+    """
+    place = -1
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # else each header stays in memory
+        if archive.offset <= place or member.size < 0:
+            raise V2FlowError(
+                f"{name}: the header of {member.name[:80]!r} has no possible size; build it again"
+            )
+        place = archive.offset
+        if member.isreg() and not member.issparse():
+            yield member
 
 
 _DUPLICATE_ADVICE = "keys must be unique and end at the first dot of a file name: rename the members"
@@ -186,12 +233,18 @@ def read_manifest(text: str, name: str) -> tuple[dict[str, Any], dict[str, Shard
         document = json.loads(text)
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']!r}, expected {FORMAT!r}")
-        indexes = {entry["file"]: _index_of(entry) for entry in document["shards"]}
+        indexes = {_plain_name(entry["file"]): _index_of(entry) for entry in document["shards"]}
         return dict(document["build"]), indexes
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise V2FlowError(
             f"{name}: not a manifest of v2flow's ({_first_line(error)}); remove it or build the shards again"
         ) from error
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is not the name of a file beside it")
+    return name
 
 
 def _index_of(entry: Mapping[str, Any]) -> ShardIndex:
@@ -202,7 +255,13 @@ def _index_of(entry: Mapping[str, Any]) -> ShardIndex:
     for number, field in enumerate(FIELDS):
         if field in entry:
             table[:, number] = entry[field]
-    return ShardIndex(int(entry["bytes"]), keys, table)
+    size = int(entry["bytes"])
+    start, length = table[..., 0], table[..., 1]
+    if not (
+        (start == -1) | ((start >= 0) & (length >= 0) & (length <= size) & (start <= size - length))
+    ).all():
+        raise ValueError(f"{entry['file']} names members outside of its {size} bytes")
+    return ShardIndex(size, keys, table)
 
 
 def check_against_manifest(found: int, expected: ShardIndex, path: Path, name: str) -> None:
@@ -245,7 +304,12 @@ def cached_index(path: Path, identity: str, version: str, name: str | None = Non
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there yet, or damaged: made anew
     index = index_tar(path, name or identity)
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(stored) as temporary, temporary.open("wb") as file:
-        np.savez(file, size=index.size, keys=index.keys, members=index.members)
+    try:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(stored) as temporary, temporary.open("wb") as file:
+            np.savez(file, size=index.size, keys=index.keys, members=index.members)
+    except OSError as error:  # a full or read-only cache costs time, no more
+        _log.warning(
+            "%s: the index of %s cannot be kept (%s)", stored.parent, name or identity, error.strerror
+        )
     return index

@@ -37,6 +37,7 @@ class Emoji:
 
     @property
     def key(self) -> str:
+        """Name of the file without its suffix: the code points."""
         return self.path.stem
 
 

@@ -71,6 +71,7 @@ class Object:
 
     @property
     def size_word(self) -> str:
+        """The word of a caption for the size."""
         return "small" if self.size < SIZE_EDGE else "large"
 
 

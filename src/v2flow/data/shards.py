@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 from webdataset.gopen import gopen
 
+from v2flow.data.disk import disk_reason
 from v2flow.data.http import HttpStream, fetch_text, probe, register_openers
 from v2flow.data.manifest import (
     FIELDS,
@@ -147,6 +148,7 @@ class ShardSet:
         return shard, sample - int(self._edges[shard])
 
     def key(self, sample: int) -> str:
+        """Key of a sample, counted from 0 over all shards."""
         shard, row = self.locate(sample)
         return self.shards[shard].index.key(row)
 
@@ -159,16 +161,20 @@ class ShardSet:
         """A member's bytes, or None if the sample has none. `field` counts in FIELDS.
 
         Raises:
-            V2FlowError: the shard became shorter since it was opened.
+            V2FlowError: the shard was removed, changed or made shorter since it was opened, or cannot be read.
         """
         shard, row = self.locate(sample)
         offset, size = self.shards[shard].index.members[row, field].tolist()
         if offset < 0:
             return None
-        data = os.pread(self._open(shard), size, offset)
+        file = self._open(shard)
+        try:
+            data = os.pread(file, size, offset)
+        except OSError as error:
+            raise V2FlowError(f"{self.where(sample)}: cannot be read ({error.strerror}); {_GO_ON}") from error
         if len(data) != size:
             raise V2FlowError(
-                f"{self.where(sample)}: the file ends before it; was it changed during the run?"
+                f"{self.where(sample)}: the file ends before it; was it changed during the run? {_GO_ON}"
             )
         return data
 
@@ -187,8 +193,31 @@ class ShardSet:
         if file is None:
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            file = self._files[shard] = os.open(self.shards[shard].local_path(), os.O_RDONLY)
+            file = self._files[shard] = _open_again(self.shards[shard])
         return file
+
+
+_GO_ON = "put the shard back as it was, and resume with --ckpt_path last"
+
+
+def _open_again(shard: Shard) -> int:
+    """Opens a shard for reading, if it still is what was indexed."""
+    path = shard.local_path()
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise V2FlowError(
+            f"{shard.name}: was there and can no longer be opened ({error.strerror}); {_GO_ON}"
+        ) from error
+    size = os.fstat(file).st_size
+    if size != shard.index.size:
+        os.close(file)
+        if shard.remote:
+            path.unlink(missing_ok=True)  # else the damaged copy would outlive the repair of its source
+        raise V2FlowError(
+            f"{shard.name}: expected {shard.index.size} bytes as when it was indexed, found {size}; {_GO_ON}"
+        )
+    return file
 
 
 def open_shards(shards: Shards, allow_pipe: bool = False, progress: bool = True) -> ShardSet:
@@ -330,12 +359,19 @@ def fetch_shard(name: str, version: str) -> Path:
     final = cache_dir() / "shards" / f"{digest}.tar"
     if final.exists():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(final.with_suffix(".lock")):
-        if not final.exists():
-            partial = final.with_suffix(".part")
-            (_run_pipe if name.startswith("pipe:") else _download)(name, version, partial)
-            os.replace(partial, final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final.with_suffix(".lock")):
+            if not final.exists():
+                partial = final.with_suffix(".part")
+                (_run_pipe if name.startswith("pipe:") else _download)(name, version, partial)
+                os.replace(partial, final)
+    except OSError as error:
+        reason = disk_reason(error) or error.strerror
+        raise V2FlowError(
+            f"{name}: cannot be kept in {final.parent} ({reason}); make room there, or name another folder in the "
+            "variable V2FLOW_CACHE; what was fetched is kept"
+        ) from error
     return final
 
 

@@ -64,7 +64,7 @@ class TokenReader(Reader):
             ids = np.asarray(json.loads(text or b"{}")["ids"])
             if ids.ndim != 1 or ids.dtype.kind != "i" or not len(ids):
                 raise ValueError(f"{ids.dtype} {ids.shape}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise V2FlowError(
                 f"{self.shards.where(sample)}: expected a member json with a list of integers 'ids', found none "
                 f"({error}); build token shards with `v2flow data tokens`"
@@ -72,6 +72,7 @@ class TokenReader(Reader):
         return ids.astype(np.int64)
 
     def blank(self) -> np.ndarray:
+        """A sample without ids is not padded but an error."""
         raise NotImplementedError("a sample without ids is an error")
 
     def stack(self, contents: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
@@ -192,7 +193,7 @@ def _with_ids(text: bytes | None, ids: list[int], where: str) -> bytes:
     try:
         facts = json.loads(text) if text is not None else {}
         return json.dumps({**facts, "ids": ids}, separators=(",", ":")).encode()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise V2FlowError(f"{where}: expected a member json with an object, found something else") from error
 
 

@@ -13,7 +13,16 @@ from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 from v2flow.data.decode import BadSampleError, decode_caption, decode_image
-from v2flow.data.manifest import FIELDS, IMAGE_EXTENSIONS, ShardIndex, index_tar, make_index
+from v2flow.data.manifest import (
+    FIELDS,
+    IMAGE_EXTENSIONS,
+    TAR_ERRORS,
+    ShardIndex,
+    check_key,
+    index_tar,
+    make_index,
+    plain_files,
+)
 from v2flow.data.shards import Shard, ShardSet, expand_shards, open_shard
 from v2flow.errors import V2FlowError
 
@@ -28,10 +37,13 @@ class ShardReport:
     """What was found in shards.
 
     Attributes:
-        shards, samples, bytes: of the shards that can be read, of damaged ones up to where they are whole.
+        shards: shards that can be read.
+        samples: samples in them; in damaged ones up to where they are whole.
+        bytes: bytes of them, likewise.
         captions: samples with a caption (`txt`, or `caption` in `json`).
         labels: samples with a class number (`cls`).
-        smallest, largest: width and height of the pictures with the fewest and the most pixels; None without any.
+        smallest: width and height of the picture with the fewest pixels; None without any.
+        largest: of the one with the most.
         sizes: number of pictures by size, as `32x32` (width and height).
         formats: number of pictures by format: JPEG, PNG, WEBP.
         bad_shards: missing, empty, cut short or otherwise unreadable, one line each.
@@ -155,7 +167,7 @@ def _salvage(name: str) -> list[Shard]:
     members: list[dict[str, tuple[int, int]]] = []
     for member in _whole_members(path, size):
         key, extension = base_plus_ext(member.name)
-        if key is None:
+        if key is None or not _is_key(key):
             continue
         if not keys or key != keys[-1]:
             keys.append(key)
@@ -170,15 +182,23 @@ def _salvage(name: str) -> list[Shard]:
     return [Shard(name, make_index(size, keys, members), "", False)] if keys else []
 
 
+def _is_key(key: str) -> bool:
+    try:
+        check_key(key, "")
+    except V2FlowError:
+        return False
+    return True
+
+
 def _whole_members(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
     """Files in a tar up to where it is damaged."""
     try:
         with tarfile.open(path, "r:") as archive:
-            while (member := archive.next()) is not None and member.offset_data + member.size <= size:
-                archive.members = []  # type: ignore[attr-defined]  # else each header stays in memory
-                if member.isreg():
-                    yield member
-    except (tarfile.TarError, EOFError, OSError):
+            for member in plain_files(archive, str(path)):
+                if member.offset_data + member.size > size:
+                    return
+                yield member
+    except (*TAR_ERRORS, OSError):
         return
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from v2flow.data.disk import disk_reason
 from v2flow.data.manifest import MANIFEST, ShardIndex, index_tar, read_manifest, write_manifest
 from v2flow.errors import V2FlowError
 
@@ -85,22 +86,28 @@ def write_shards(
         Samples by split.
 
     Raises:
-        V2FlowError: two samples of one key, a key with a dot, or no samples at all.
+        V2FlowError: two samples of one key, a key with a dot, no samples at all, or a disk that is full.
     """
     new = not out.exists()
     staging = out / STAGING
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         indexes = _write_all(staging, samples, samples_per_shard)
-    except BaseException:  # also when interrupted from the keyboard
+        for name, text in (texts or {}).items():
+            (staging / name).write_text(text)
+        write_manifest(staging, indexes, build)  # before anything is moved: there must be room for it
+    except BaseException as error:  # also when interrupted from the keyboard
         shutil.rmtree(out if new else staging, ignore_errors=True)
-        raise
-    for name, text in (texts or {}).items():
-        (staging / name).write_text(text)
-    for path in sorted(staging.iterdir()):
+        reason = disk_reason(error)
+        if reason is None or isinstance(error, V2FlowError):
+            raise
+        raise V2FlowError(
+            f"{out}: the shards cannot be written: {reason}; nothing is left of them: make room or name another "
+            "folder, and call again"
+        ) from error
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):
         path.replace(out / path.name)
-    write_manifest(out, indexes, build)
     staging.rmdir()
     return count_by_split(indexes)
 

@@ -164,7 +164,7 @@ class GaussianStatistics:
 
 
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
-    """Fréchet distance |μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½) of two Gaussians (Heusel et al. 2017, eq. 6).
+    """Fréchet distance ‖μ1 − μ2‖² + tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½) of two Gaussians (Heusel et al. 2017, eq. 6).
 
     The trace of the root is the sum of the roots of the eigenvalues of Σ1^½ Σ2 Σ1^½, which is symmetric: no
     complex intermediate and no failure on a singular covariance.

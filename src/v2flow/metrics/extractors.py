@@ -34,14 +34,11 @@ LPIPS_SMALLEST = 32
 class EfficientNetLite0(FeatureExtractorBase):
     """EfficientNet-Lite0 (Tan & Le 2019, Lite variant; ImageNet top-1 weights) as a torch-fidelity extractor.
 
-    Input: uint8 [B, 3, H, W]. It is resized to 128 x 128 or 224 x 224 (by the extractor's name; bilinear,
-        antialiased,
-    no rounding in between; the aspect ratio is not kept) and normalised by (x - 127) / 128, which is what
-    these weights
-    were trained with: on 200 ImageNet photographs at 224 px it gives 85.5 % top-1, the usual ImageNet mean
-        and standard
-    deviation 76.0 %. The network runs channels-last. Feature `pooled`: the average-pooled last activations,
-    fp32 [B, 1280].
+    Input: uint8 [B, 3, H, W]. It is resized to 128 x 128 or 224 x 224 (by the extractor's name; bilinear, antialiased,
+    no rounding in between; the aspect ratio is not kept) and normalised by (x - 127) / 128, which is what these weights
+    were trained with: on 200 ImageNet photographs at 224 px it gives 85.5 % top-1, the usual ImageNet mean and standard
+    deviation 76.0 %. The network runs channels-last. Feature `pooled`: the average-pooled last activations, fp32
+    [B, 1280].
     """
 
     DIMENSION = 1280
@@ -120,7 +117,7 @@ class FeatureNetwork:
 
     @property
     def frechet_minimum(self) -> int:
-        """Pictures from which on the Fréchet distance is given: twice the dimension, for a covariance of full rank."""
+        """Fewest pictures of a Fréchet distance, twice the dimension, for a covariance of full rank."""
         return 2 * self.dimension
 
     def features(self, pictures: Tensor, chunk: int = 32) -> Tensor:

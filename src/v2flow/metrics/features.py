@@ -158,7 +158,8 @@ class FeatureDistances:
 
 
 def kid_figures(name: str, real: Tensor, rows: Tensor, paired: bool) -> dict[str, float]:
-    """`name`, `name_se` and for pairs `name_u` (see :class:`KernelDistance`); empty for too few pictures."""
+    """`name`, `name_se` and for pairs `name_u`, see :class:`v2flow.metrics.distances.KernelDistance`; empty for too
+    few pictures."""
     if min(len(real), len(rows)) < KID_MINIMUM:
         return {}
     distance = kernel_distance(real, rows, paired)

@@ -33,6 +33,7 @@ class Seconds:
 
     @property
     def step(self) -> float:
+        """Seconds of a step: computing, and sending as far as it does not hide behind that."""
         return self.compute + self.exposed
 
     @property

@@ -87,6 +87,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of all parts together."""
         return sum(asdict(self).values())
 
 

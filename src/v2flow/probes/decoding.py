@@ -38,6 +38,26 @@ POINTS: dict[str, dict[str, Any]] = {
 (heun evaluates the field 15 times in 8 steps), the temperature (1.0 is `euler_8`), guidance and AR iterations.
 """
 
+FRONTIER: dict[str, dict[str, Any]] = POINTS | {
+    "temperature_0.8": {"steps": 8, "temperature": 0.8},
+    "steps_2": {"steps": 2, "temperature": 0.8},
+    "steps_3": {"steps": 3, "temperature": 0.8},
+    "steps_4": {"steps": 4, "temperature": 0.8},
+    "steps_6": {"steps": 6, "temperature": 0.8},
+    "shift_2": {"steps": 4, "temperature": 0.8, "timestep_shift": 2.0},
+    "multistep_4": {"steps": 4, "temperature": 0.8, "solver": "multistep"},
+    "guidance_interval": {"steps": 8, "temperature": 0.8, "guidance": 1.5, "guidance_interval": [0.3, 0.8]},
+}
+"""The points and, between the cheapest and the best of them, few steps from weak noise; for decode presets."""
+
+
+def trained_points(
+    model: V2FlowTokenizer, points: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The points that the tokenizer was trained for: those with guidance need `decoder.null_probability` above 0."""
+    guides = model.config.decoder.null_probability > 0
+    return {name: dict(o) for name, o in points.items() if guides or o.get("guidance", 1.0) == 1.0}
+
 
 def sweep_decoding(
     model: Any,
@@ -55,7 +75,8 @@ def sweep_decoding(
     Returns:
         Point -> the evaluation's figures (psnr, ssim, kid-efficientnet-lite0 with its `_se`, …),
         `seconds_per_picture` (median over the batches after the first, of decoding alone) and `field_evaluations`
-        (of the velocity field for a picture; guidance doubles them where it acts). The protocol names options and threads.
+        (of the velocity field for a picture; guidance doubles them where it acts). The protocol names options and
+        threads.
 
     Raises:
         V2FlowError: no picture, an unknown option, or guidance in `points` that was not trained.
@@ -65,11 +86,9 @@ def sweep_decoding(
         return Findings(notes={"decoding": f"{type(model).__name__} has no options of decoding to vary"})
     notes: dict[str, str] = {}
     if points is None:
-        points = POINTS
-        if model.config.decoder.null_probability == 0:
-            guided = [name for name, options in POINTS.items() if options.get("guidance", 1.0) != 1.0]
-            points = {name: options for name, options in POINTS.items() if name not in guided}
-            notes = dict.fromkeys(guided, "trained with decoder.null_probability=0, without guidance")
+        points = trained_points(model, POINTS)
+        guided = [name for name in POINTS if name not in points]
+        notes = dict.fromkeys(guided, "trained with decoder.null_probability=0, without guidance")
     meter = DecodingMeter(model)
     result = evaluate_model(
         meter, loader, points, seed=settings.seed, features=settings.features,

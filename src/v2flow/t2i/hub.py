@@ -93,8 +93,8 @@ def _load_folder(cls: Any, folder: Path) -> Any:
     document = _read_document(folder)
     tokenizer = V2FlowTokenizer.from_pretrained(folder / TOKENIZER)
     try:
-        words = AutoTokenizer.from_pretrained(folder)
-        llm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        llm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise V2FlowError(

@@ -87,11 +87,12 @@ def _convert_gemma_once(folder: Path) -> None:
             # In fp32, and only then rounded: CPUs without bf16 units take ten times as long to load as bf16.
             model: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
+                dtype=torch.float32, trust_remote_code=False,
             )  # fmt: skip
             finished = Path(temporary) / "finished"
             model.to(torch.bfloat16).save_pretrained(finished)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(finished)
+            words = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            words.save_pretrained(finished)
             os.rename(finished, folder)
 
 
@@ -103,11 +104,13 @@ def _load_folder(
     source: str, layers: int | None, random_weights: bool, dtype: torch.dtype, seed: int
 ) -> tuple[Any, Any]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config = first_layers(AutoConfig.from_pretrained(source), layers)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        config = first_layers(AutoConfig.from_pretrained(source, trust_remote_code=False), layers)
         if random_weights:
             return _random_model(config, dtype, seed), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, trust_remote_code=False
+        )
     except V2FlowError:
         raise
     except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:

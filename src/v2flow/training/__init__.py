@@ -1,0 +1,1 @@
+"""Training: modules, data modules and callbacks for Lightning."""

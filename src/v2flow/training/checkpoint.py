@@ -13,7 +13,15 @@ from torch import nn
 
 from v2flow.config import from_dict
 from v2flow.errors import V2FlowError
-from v2flow.hub import WEIGHTS, check_codec, check_vocabulary, load_weights, read_config, read_weights
+from v2flow.hub import (
+    WEIGHTS,
+    check_codec,
+    check_vocabulary,
+    load_weights,
+    makes_a,
+    read_config,
+    read_weights,
+)
 from v2flow.training.checkpoint_files import usable_checkpoint
 
 
@@ -64,12 +72,18 @@ _MODELS = {
 
 
 def build_model(info: dict[str, Any], where: str) -> nn.Module:
-    """The model that a checkpoint's description names, with fresh weights."""
-    if info["model"] not in _MODELS:
-        raise V2FlowError(f"{where}: unknown model {info['model']!r}; expected one of {', '.join(_MODELS)}")
-    place, config = _MODELS[info["model"]]
+    """The model that a checkpoint's description names, with fresh weights.
+
+    Raises:
+        V2FlowError: a model that is not in the list of v2flow's own, or a configuration that makes none.
+    """
+    name = info.get("model")
+    if not isinstance(name, str) or name not in _MODELS:
+        raise V2FlowError(f"{where}: unknown model {name!r}; expected one of {', '.join(_MODELS)}")
+    place, config = _MODELS[name]
     module = importlib.import_module(place)
-    model = getattr(module, info["model"])(from_dict(getattr(module, config), info["config"], where))
+    with makes_a(name, where):
+        model = getattr(module, name)(from_dict(getattr(module, config), info["config"], where))
     if hasattr(model, "vocabulary_sha256"):
         check_vocabulary(model.vocabulary_sha256, info.get("vocabulary_sha256"), where)
     check_codec(model.codec.fingerprint(), info.get("codec_sha256"), where)

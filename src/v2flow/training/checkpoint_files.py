@@ -7,15 +7,17 @@ checksum are one, and anybody's `torch.load(weights_only=True)` still reads it.
 import hashlib
 import logging
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from v2flow.data.disk import disk_reason
 from v2flow.errors import V2FlowError
 
 _log = logging.getLogger(__name__)
@@ -42,8 +44,26 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint so that at every moment `path` is the old one or the new one, whole and on the disk.
 
     What `path` held before is then `previous_of(path)`.
+
+    Raises:
+        V2FlowError: the disk is full or read-only; what `path` held is untouched.
     """
     path = Path(path)
+    try:
+        _write(checkpoint, path)
+    except (OSError, RuntimeError) as error:
+        reason = disk_reason(error)
+        if reason is None:
+            raise
+        left = f"; {path} is the one before it" if path.is_file() else ""
+        raise V2FlowError(
+            f"{path}: the checkpoint cannot be written: {reason}{left}; make room there and go on with "
+            "--ckpt_path last"
+        ) from error
+    _sound.add(_identity(path))
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -57,8 +77,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         os.replace(part, path)
         _sync_folder(path.parent)
     finally:
-        part.unlink(missing_ok=True)
-    _sound.add(_identity(path))
+        with suppress(OSError):  # on a read-only disk: there is none
+            part.unlink(missing_ok=True)
 
 
 def usable_checkpoint(path: str | Path, quick: bool = False) -> Path:
@@ -91,9 +111,19 @@ def usable_checkpoint(path: str | Path, quick: bool = False) -> Path:
 
 
 def newest_checkpoint(folder: Path, pattern: str) -> Path | None:
-    """The checkpoint under `folder` that was written last, of the ones that fit the pattern; None if there is none."""
-    found = {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+    """The newest checkpoint under `folder`, of the ones that fit the pattern; None if there is none.
+
+    That is one of the last run by the number of its folder, `version_12`, and of those the one written last: a clock
+    that was set back between two runs makes the later one look older.
+    """
+    found = {path: (_run_number(path), path.stat().st_mtime_ns) for path in folder.glob(pattern)}
     return max(found, key=lambda path: found[path]) if found else None
+
+
+def _run_number(path: Path) -> int:
+    """Number of the nearest folder `version_N`; -1 without one."""
+    matches = (re.fullmatch(r"version_(\d+)", part) for part in reversed(path.parts))
+    return next((int(match[1]) for match in matches if match), -1)
 
 
 def damage(path: Path, quick: bool = False) -> str | None:

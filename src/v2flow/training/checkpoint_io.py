@@ -18,6 +18,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Optional[Any] = None
     ) -> None:
+        """Writes atomically with a checksum and keeps the file before; a remote path is left to Lightning."""
         if _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
@@ -26,11 +27,14 @@ class CheckedCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: Optional[bool] = None
     ) -> dict[str, Any]:
+        """Reads the file, or the one before where its checksum does not fit."""
         if not _is_remote(path) and not Path(path).is_dir():
             path = usable_checkpoint(path)
-        return super().load_checkpoint(path, map_location, weights_only)
+        # Lightning's default for a URL is to unpickle whatever is in it.
+        return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes the file and the one before it."""
         super().remove_checkpoint(path)
         if not _is_remote(path):
             previous_of(path).unlink(missing_ok=True)

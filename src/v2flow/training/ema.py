@@ -89,11 +89,13 @@ class EMACallback(WeightAveraging):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the averaged weights in the place of the raw ones."""
         if self._average_model is not None and not self._finished:
             self._swap_models(pl_module)
             self._validating = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the raw weights back."""
         self._swap_back(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -108,6 +110,11 @@ class EMACallback(WeightAveraging):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Saves both sets of weights; `state_dict` is the average.
+
+        Raises:
+            V2FlowError: called while the averaged weights stand in for the raw ones.
+        """
         if self._validating:
             raise V2FlowError(
                 "checkpoint: asked for inside validation, while averaged weights stand in for the raw ones; "

@@ -72,6 +72,7 @@ class HealthCallback(Callback):
         self._error: V2FlowError | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Counts and usual values, so that a resumed run judges as before."""
         return {
             "skipped": self._skipped, "in_a_row": self._in_a_row, "usual": list(self._usual),
             "norms": [float(norm) for norm in self._norms], "lasting": dict(self._lasting),
@@ -79,6 +80,7 @@ class HealthCallback(Callback):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
         self._skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
         self._usual, self._lasting = list(state_dict["usual"]), dict(state_dict["lasting"])
         self._norms = [torch.tensor(norm) for norm in state_dict["norms"]]
@@ -87,6 +89,7 @@ class HealthCallback(Callback):
     # --- steps that are not finite -----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes copies of the buffers that a step which is left out must not change."""
         self._finite, self._error = None, None
         self._norms = [norm.to(pl_module.device) for norm in self._norms]
         saved = pl_module.state_dict().keys() if self.skip_nonfinite else ()
@@ -95,6 +98,7 @@ class HealthCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Stops after too many skipped steps in a row; otherwise copies the buffers."""
         if self._in_a_row >= self.max_skipped:
             self._stop(trainer)
         if not is_accumulating(trainer):
@@ -102,12 +106,14 @@ class HealthCallback(Callback):
                 copy.copy_(pl_module.get_buffer(name))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Notes whether the loss is finite."""
         finite = loss.detach().isfinite().all()
         self._finite = finite if self._finite is None else self._finite & finite
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        """Leaves the step out, on all ranks, if the loss or a gradient is not finite on one of them."""
         norm = _gradient_norm(optimizer).to(pl_module.device)
         finite = norm.isfinite() & (self._finite if self._finite is not None else True)
         self._finite = None
@@ -145,6 +151,7 @@ class HealthCallback(Callback):
         raise self._error
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves a checkpoint where this callback has stopped the training."""
         if exception is self._error:
             save_last(trainer)
 
@@ -153,6 +160,7 @@ class HealthCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Looks for collapse and growing norms at every logged step."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and not is_accumulating(trainer) and trainer.global_step % every == 0:
             self._look(trainer, pl_module)

@@ -45,6 +45,7 @@ class InterruptionCallback(Callback):
         self._handlers: dict[int, _Handler] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the signals, after Lightning has set its own handlers."""
         self._received = 0
         wanted = {int(signal.SIGTERM), int(signal.SIGINT)} | _requeue_signals(trainer)
         # Lightning has set its handlers by now; they act in the middle of a step.
@@ -64,13 +65,16 @@ class InterruptionCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Stops here if a signal has come, but not amid gradient accumulation."""
         if not is_accumulating(trainer):
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops here if a signal has come."""
         self._stop_if_asked(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Stops here if a signal has come."""
         self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
@@ -93,9 +97,11 @@ class InterruptionCallback(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would wait for the next batch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the signals back."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the signals back, saves a checkpoint and says how to go on."""
         handlers = self._restore()
         if not isinstance(exception, TrainingInterrupted):
             return

@@ -277,10 +277,12 @@ def _validation_batches(trainer: Trainer) -> Optional[int]:
 
 
 def is_dry_run(trainer: Trainer) -> bool:
+    """Whether the trainer only tries out a few batches (`fast_dev_run`)."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def describe_data(trainer: Trainer) -> dict[str, Any]:
+    """The validation data, as the protocol beside the figures names it."""
     shards = getattr(getattr(trainer, "datamodule", None), "val", None)
     return (describe_shards(shards) if shards else {}) | {
         "split": "val",

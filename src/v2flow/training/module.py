@@ -70,6 +70,7 @@ class SeededModule(LightningModule):
                      sync_dist=stage != "train")  # fmt: skip
 
     def configure_optimizers(self) -> Any:
+        """AdamW with warm-up; see `configure_adamw`."""
         return configure_adamw(self.model, self.optimizer_config)
 
     def describe(self) -> dict[str, Any]:
@@ -83,9 +84,15 @@ class SeededModule(LightningModule):
         initialise_from(self.model, path)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a resumed run has to agree with."""
         checkpoint["v2flow"] = self.describe()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares the checkpoint's description with this experiment.
+
+        Raises:
+            V2FlowError: not a checkpoint of v2flow, or of another model.
+        """
         saved, own = checkpoint.get("v2flow"), self.describe()
         if saved is None:
             raise V2FlowError(
@@ -162,6 +169,7 @@ class ReconstructionModule(SeededModule):
         check_source(form.source, source_of(config.codec, model.codec, config.image_size))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Logs the terms of a batch of pictures or cached latents and returns the loss."""
         cached = "latents" in batch
         inputs: Tensor = batch["latents" if cached else "image"]
         losses: Any = self.latent_losses if cached else self.training_losses
@@ -174,10 +182,12 @@ class ReconstructionModule(SeededModule):
         raise NotImplementedError
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Logs the terms of a batch, padding left out."""
         images = valid_images(batch)
         self.log_losses(self.evaluation_losses(images, batch_idx), "val", len(images))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Logs the terms of a batch, padding left out."""
         images = valid_images(batch)
         self.log_losses(self.evaluation_losses(images, batch_idx), "test", len(images))
 
@@ -191,6 +201,7 @@ class ReconstructionModule(SeededModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the decode modes."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["v2flow"]["decode_modes"] = self.decode_modes
 

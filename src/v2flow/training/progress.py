@@ -1,11 +1,22 @@
 """One progress bar over the whole training, with the time that is left; Lightning's own bars start anew each epoch."""
 
 import sys
+import time
 from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
+
+
+class SteadyBar(tqdm):
+    """A bar whose rate, time left and refreshes stand on the monotonic clock: nobody can set that."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not self.disable:
+            self._time = time.monotonic
+            self.start_t = self.last_print_t = self._time()
 
 
 class RunProgressBar(ProgressBar):
@@ -23,9 +34,11 @@ class RunProgressBar(ProgressBar):
         self._evaluation: Optional[tqdm] = None
 
     def disable(self) -> None:
+        """Shows nothing from now on."""
         self._enabled = False
 
     def enable(self) -> None:
+        """Shows bars again."""
         self._enabled = True
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
@@ -33,11 +46,13 @@ class RunProgressBar(ProgressBar):
         tqdm.write(sep.join(map(str, args)), file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the bar of all steps, at the one that the run stands at."""
         self._bar = self._make("train", total_steps(trainer), initial=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Moves the bar and shows the newest figures."""
         if self._bar is not None:
             metrics = {
                 name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"
@@ -46,29 +61,37 @@ class RunProgressBar(ProgressBar):
             self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the bars."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Closes the bars."""
         self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the bar of the validation batches."""
         self._start_evaluation(trainer.num_val_batches)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Moves it."""
         if self._evaluation is not None:
             self._evaluation.update()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes it."""
         self._end_evaluation()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the bar of the test batches."""
         self._start_evaluation(trainer.num_test_batches)
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Moves it."""
         if self._evaluation is not None:
             self._evaluation.update()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes it."""
         self._end_evaluation()
 
     def _start_evaluation(self, batches: Any) -> None:
@@ -83,7 +106,7 @@ class RunProgressBar(ProgressBar):
 
     def _make(self, name: str, total: Optional[int], initial: int = 0, leave: bool = True) -> tqdm:
         terminal = sys.stderr.isatty()
-        return tqdm(
+        return SteadyBar(
             desc=name,
             total=total,
             initial=initial,
@@ -91,6 +114,7 @@ class RunProgressBar(ProgressBar):
             delay=0.0 if leave else 2.0,  # a quick evaluation needs no bar
             unit="step" if name == "train" else "batch",
             dynamic_ncols=terminal,
+            miniters=1,  # each step looks at the clock: no thread that watches the bar is needed
             mininterval=0.5 if terminal else self.log_interval,
             maxinterval=10.0 if terminal else 2 * self.log_interval,
             disable=not self._enabled,

@@ -30,22 +30,27 @@ class ExactResumeCallback(Callback):
         self._gradients: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
+        """The batches trained on when the last validation ended."""
         return {"validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
         self._validated = state_dict["validated"]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets back the count of a validation that was interrupted."""
         # A validation that begins anew after a resume: Lightning counts the interrupted one's batch as begun.
         total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that the validation at this batch is done."""
         self._validated = _batches(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Corrects Lightning's loop state, and adds the gradients amid accumulation."""
         if trainer.fit_loop._data_fetcher is None:  # not in a fit
             return
         loop = checkpoint["loops"]["fit_loop"]
@@ -60,6 +65,7 @@ class ExactResumeCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Takes the gradients that were saved amid accumulation."""
         self._gradients = checkpoint.get(_GRADIENTS, {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

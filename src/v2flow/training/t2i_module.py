@@ -102,10 +102,12 @@ class TextToImageModule(SeededModule):
                 logger.log_metrics({"val/text_perplexity": self.perplexity_before}, step=0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the LLM's perplexity before the training."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["v2flow"]["perplexity_before"] = self.perplexity_before
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the LLM's perplexity before the training."""
         super().on_load_checkpoint(checkpoint)
         self.perplexity_before = checkpoint["v2flow"].get("perplexity_before")
 
@@ -128,15 +130,18 @@ class TextToImageModule(SeededModule):
         return [None if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a batch of captions and ids, some captions left out."""
         generator = self.step_generator(batch_idx)
         terms = self.losses(self.drop_captions(batch["caption"], generator), batch["ids"], generator)
         self.log_losses(terms, "train", len(batch["ids"]))
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Logs the terms of a batch."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Logs the terms of a batch."""
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: dict[str, Any], batch_idx: int, stage: str) -> None:
@@ -147,10 +152,12 @@ class TextToImageModule(SeededModule):
         self.log_losses(self.losses(captions, batch["ids"][rows], generator), stage, len(rows))
 
     def on_validation_epoch_end(self) -> None:
+        """Logs the LLM's perplexity on text."""
         if not self.trainer.sanity_checking:
             self.log("val/text_perplexity", self.model.text_perplexity(), sync_dist=True)
 
     def describe(self) -> dict[str, Any]:
+        """What a checkpoint has to agree with, the weights of tokenizer and LLM by their SHA-256."""
         small = self.config.llm.startswith(PREFIX)
         return {
             "model": V2FlowForTextToImage.__name__,  # fully_shard changes the class of its instances

@@ -42,17 +42,20 @@ class TokenizerModule(ReconstructionModule):
             self.model: V2FlowTokenizer = V2FlowTokenizer(tokenizer)
 
     def training_stages(self) -> dict[str, tuple[float, float]]:
+        """Shares of the training in which tokens and mean learn, and then the velocity field alone."""
         alone = self.model.config.velocity.alone
         return {"tokens": (0.0, 1 - alone), "field": (1 - alone, 1.0)} if alone else super().training_stages()
 
     def training_losses(
         self, images: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
+        """Terms for pictures [B, 3, H, W] in [0, 1]; `loss` is what is minimised."""
         return self._terms(self.model.losses(images, progress, generator))
 
     def latent_losses(
         self, latents: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
+        """The same terms for cached codec latents [B, C, h, w]."""
         return self._terms(self.model.latent_losses(latents, progress, generator))
 
     @staticmethod
@@ -63,6 +66,7 @@ class TokenizerModule(ReconstructionModule):
         }  # fmt: skip
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss; on several ranks every parameter gets a gradient, if only zero."""
         loss = super().training_step(batch, batch_idx)
         if self.trainer.world_size == 1:
             return loss
@@ -70,9 +74,11 @@ class TokenizerModule(ReconstructionModule):
         return loss + 0.0 * sum(p.sum() for p in self.model.parameters())
 
     def configure_optimizers(self) -> Any:
+        """AdamW with a schedule for each stage's parameters; see `configure_adamw`."""
         return configure_adamw(self.model, self.optimizer_config, self.model.windows())
 
     def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Terms for held-out pictures, as at the end of the training, with noise seeded by batch and rank."""
         generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
         losses = self.model.losses(images, 1.0, generator)
         return {
@@ -81,4 +87,5 @@ class TokenizerModule(ReconstructionModule):
         }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
+        """What a checkpoint has to agree with, the vocabulary by its SHA-256."""
         return super().describe() | {"vocabulary_sha256": self.model.vocabulary_sha256}

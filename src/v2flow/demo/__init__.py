@@ -1,0 +1,1 @@
+"""A web page to try a tokenizer: `session` does the work, `app` shows it (Gradio, extra `demo`)."""

@@ -1,0 +1,122 @@
+"""No line of v2flow loads or runs what a file says: checked in the source, call by call."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+NUMPY = ("load", "fromfile")
+YAML = ("load", "load_all", "unsafe_load", "unsafe_load_all", "full_load", "full_load_all")
+BUILTINS = ("eval", "exec", "compile", "__import__")
+SHELL = ("os.system", "os.popen", "subprocess.getoutput", "shutil.unpack_archive")
+EXTRACT = ("extract", "extractall")
+
+
+def name_of(node: ast.AST) -> str:
+    """`a.b.c` of such an expression, with `?` for whatever else it starts from."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{name_of(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else "?"
+
+
+def argument(call: ast.Call, name: str) -> object:
+    """The constant given for a keyword; None if it is left out, ... if it is no constant."""
+    value = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+    return value if value is None else value.value if isinstance(value, ast.Constant) else ...
+
+
+def unsafe(call: ast.Call) -> str | None:
+    """What is wrong with a call."""
+    name = name_of(call.func)
+    module, _, function = name.rpartition(".")
+    if name == "torch.load" and argument(call, "weights_only") is not True:
+        return "torch.load without weights_only=True"
+    if function == "load_from_checkpoint" and argument(call, "weights_only") is not True:
+        return "load_from_checkpoint without weights_only=True"
+    if module in MODULES or name in ("np.lib.npyio.load", "torch.package.PackageImporter", "torch.jit.load"):
+        return f"{name} runs what a file says"
+    if module in ("np", "numpy") and function in NUMPY and argument(call, "allow_pickle") is not False:
+        return f"{name} without allow_pickle=False"
+    if argument(call, "allow_pickle") not in (None, False):
+        return "allow_pickle"
+    if argument(call, "trust_remote_code") not in (None, False):
+        return "trust_remote_code"
+    if module == "yaml" and function in YAML:
+        return f"{name}: use yaml.safe_load"
+    if name in BUILTINS or name in SHELL:
+        return name
+    if function in EXTRACT and "webdataset" not in module:
+        return f"{name} writes where an archive says"
+    if argument(call, "shell") not in (None, False):
+        return "a shell"
+    return None
+
+
+def calls(folder: Path) -> Iterator[tuple[str, ast.Call]]:
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Call):
+                yield f"{path.relative_to(folder.parent)}:{node.lineno}", node
+
+
+@pytest.mark.parametrize("folder", ["src", "benchmarks"])
+def test_no_call_runs_what_a_file_says(repository: Path, folder: str) -> None:
+    found = {place: call for place, call in calls(repository / folder)}
+    assert len(found) > (1000 if folder == "src" else 20), "the source was read"
+    assert [f"{place}: {why}" for place, call in found.items() if (why := unsafe(call))] == []
+
+
+def test_pickle_is_imported_for_its_error_only(repository: Path) -> None:
+    uses = []
+    for path in sorted((repository / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and name_of(node.value) in MODULES:
+                uses.append(name_of(node))
+            elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                uses.append(f"{node.module}.{node.names[0].name}")
+    assert set(uses) <= {"pickle.UnpicklingError"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "torch.load(p, weights_only=flag)",
+        "Module.load_from_checkpoint(p)",
+        "pickle.loads(b)",
+        "joblib.load(p)",
+        "np.load(p)",
+        "np.load(p, allow_pickle=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "f(trust_remote_code=x)",
+        "yaml.load(t, Loader=yaml.SafeLoader)",
+        "yaml.unsafe_load(t)",
+        "eval(t)",
+        "exec(t)",
+        "os.system(t)",
+        "archive.extractall(p)",
+        "subprocess.run(t, shell=True)",
+    ],
+)
+def test_the_check_itself_finds(line: str) -> None:
+    call = ast.parse(line).body[0]
+    assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call) and unsafe(call.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(p, weights_only=True)",
+        "np.load(p, allow_pickle=False)",
+        "yaml.safe_load(t)",
+        "model.eval()",
+        "re.compile(t)",
+        "json.load(f)",
+    ],
+)
+def test_the_check_lets_pass(line: str) -> None:
+    call = ast.parse(line).body[0]
+    assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call) and unsafe(call.value) is None
