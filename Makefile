@@ -81,10 +81,7 @@ train-t2i: experiment-t2i-exists $(VENV)/.installed-t2i $(READY_T2I)
 	echo "v2flow: set-up took $(call minutes,$(START),ready), training $(call minutes,ready,finished)"; \
 	exit $$status
 
-evaluate: experiment-exists $(VENV)/.installed-cli $(DATA)
-	@if [ -z "$(CHECKPOINT)" ]; then \
-	  echo "v2flow: error: no run of $(EXPERIMENT) in checkpoints/$(NAME); run 'make train-tokenizer' first" \
-	    "or name one with CHECKPOINT=..." >&2; exit 2; fi
+evaluate: experiment-exists $(VENV)/.installed-cli $(DATA) checkpoint-exists
 	@if [ -z "$(SHARDS)" ]; then \
 	  echo "v2flow: error: no test shards known for $(EXPERIMENT); name them with SHARDS=..." >&2; exit 2; fi
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \

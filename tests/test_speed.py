@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from v2flow.benchmark import subject
+from v2flow.benchmark.subject import count_flops
 from v2flow.config import to_dict
 from v2flow.errors import V2FlowError
 from v2flow.flow import draw_timesteps
@@ -35,7 +36,7 @@ import vocabulary_attention
 from speed_parts import hooks, operators, reference, reference_worker, report, scaling, vocabulary
 from speed_parts.literal import Draws, draw_all, literal_loss, reference_recipe
 from speed_parts.options import CPU
-from speed_parts.turns import PRODUCT_FLOPS, count_flops, take_turns
+from speed_parts.turns import PRODUCT_FLOPS, take_turns
 
 BATCH, POSITIONS, CHANNELS = 3, 16, 48
 

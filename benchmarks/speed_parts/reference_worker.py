@@ -24,8 +24,8 @@ import torch
 
 import v2flow.tokenizer
 from speed_parts.options import CPU
-from speed_parts.turns import count_flops, take_turns
-from v2flow.benchmark.subject import TrainingSubject, peak_rise
+from speed_parts.turns import take_turns
+from v2flow.benchmark.subject import TrainingSubject, count_flops, peak_rise
 from v2flow.codec import build_codec
 from v2flow.config import TokenizerConfig, VocabularyConfig, from_dict
 from v2flow.decode_modes import shipped_presets

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from speed_parts.options import CPU, Options, tokenizer_config
-from speed_parts.turns import count_flops
 from v2flow.benchmark.overhead import measure_subjects
-from v2flow.benchmark.subject import Subject, peak_rise
+from v2flow.benchmark.subject import Subject, count_flops, peak_rise
 from v2flow.config import TokenizerConfig, VocabularyConfig
 from v2flow.planning.rates import measured_tflops
 from v2flow.training.tokenizer_module import TokenizerModule

@@ -5,11 +5,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from speed_parts.options import CPU
-from v2flow.benchmark.overhead import Spread, _time_rounds
+from v2flow.benchmark.overhead import Spread, time_rounds
 from v2flow.benchmark.subject import seconds_of
 from v2flow.planning.rates import SIDE, measured_tflops
 
@@ -66,13 +63,6 @@ class Turns:
         return asdict(Spread.of([PRODUCT_FLOPS / s for s in self.seconds[PRODUCT]]))
 
 
-def count_flops(action: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products and convolutions in a call, attention counted as the two products it is."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        action()
-    return counter.get_total_flops()
-
-
 def take_turns(
     ways: Mapping[str, Callable[[int], Any]],
     rounds: int,
@@ -87,5 +77,5 @@ def take_turns(
     prepare = prepare or {}
     subjects: Any = {PRODUCT: _Product()}
     subjects |= {name: _Way(action, prepare.get(name)) for name, action in ways.items()}
-    times = _time_rounds(subjects, rounds, warmup, progress=True)
+    times = time_rounds(subjects, rounds, warmup, progress=True)
     return Turns({name: found[""] for name, found in times.items()})

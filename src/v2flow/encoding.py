@@ -51,7 +51,8 @@ def encode_ids(resampler: VisualVocabularyResampler, codes: Tensor, latents: Ten
     embeddings = soft_tokens(resampler, latents, torch.float32, described=0).embeddings
     ids, lead = nearest_codes(embeddings, codes)
     # An embedding shorter than the rows it is a mean of is the small remainder of larger sums, and their rounding.
-    rows = resampler.table.float().square().sum(-1).mean().sqrt()
+    table = resampler.table
+    rows = torch.linalg.vector_norm(table, dtype=torch.float32) / len(table) ** 0.5  # without a copy of it
     shortness = (rows / embeddings.norm(dim=-1)).clamp_min(1.0)
     near = ~(lead > MARGIN * torch.finfo(torch.float32).eps * shortness).all(dim=-1)
     if near.any():

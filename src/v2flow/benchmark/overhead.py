@@ -114,7 +114,7 @@ def measure_subjects(
     cuda = [chosen] if chosen.type == "cuda" else []
     with _threads(threads), torch.random.fork_rng(devices=cuda):
         subjects = build(chosen)
-        times = _time_rounds(subjects, rounds, warmup, progress)
+        times = time_rounds(subjects, rounds, warmup, progress)
         setting = {"device": chosen.type, "threads": torch.get_num_threads()}
         counted = tqdm(subjects.items(), "count FLOPs and bytes", unit="row", disable=not progress, delay=2.0)
         rows = {
@@ -148,9 +148,10 @@ DECODE = "decode "
 """Before the name of a decode mode, in the names of what was timed."""
 
 
-def _time_rounds(
+def time_rounds(
     subjects: Mapping[str, TrainingSubject], rounds: int, warmup: int, progress: bool
 ) -> dict[str, Times]:
+    """Times every subject once a round, in an order that alternates, `warmup` rounds of which are thrown away."""
     times: dict[str, Times] = {name: {} for name in subjects}
     total = (warmup + rounds) * len(subjects)
     with tqdm(desc="measure rows", total=total, unit="row", disable=not progress, delay=2.0) as bar:

@@ -63,9 +63,7 @@ class TrainingSubject:
 
     def flops(self, stage: str, draw: int) -> int:
         """FLOPs of forward and backward."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.loss(stage, draw).backward()
-        return counter.get_total_flops()
+        return count_flops(lambda: self.loss(stage, draw).backward())
 
     def resident_bytes(self) -> int:
         """Weights, buffers and optimiser state."""
@@ -127,6 +125,13 @@ class Subject(TrainingSubject):
         for mode in self.module.decode_modes:
             seconds[f"decode {mode}"] = seconds_of(partial(self.decode, mode, draw), self.device)
         return seconds
+
+
+def count_flops(action: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products and convolutions in a call, attention counted as the two products it is."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
 
 
 def peak_rise(action: Callable[[], Any], device: torch.device) -> int:

@@ -14,11 +14,9 @@ from v2flow.data.decode import BadSampleError, decode_image, square_crop
 from v2flow.decoding import decode_options
 from v2flow.demo.filling import PAUSE, Frame, frames
 from v2flow.devices import pick_device
-from v2flow.encoding import soft_tokens
 from v2flow.errors import V2FlowError
 from v2flow.inference import LoadedModel, is_text_to_image, load_text_to_image_model, picture_psnr
 from v2flow.probes.alignment import cannot_compare
-from v2flow.tokenizer import inference
 from v2flow.training.module import seeded_generator
 
 TOP_WORDS = 10
@@ -198,14 +196,11 @@ class Session:
         """In dB, on 8-bit values."""
         return picture_psnr(reading.picture, picture)
 
-    @torch.no_grad()
     def _tokens(self, picture: Tensor) -> list[TokenWords]:
-        model, ids = self.tokenizer, self.loaded.encode(picture)
-        with inference(model):
-            latents = model.codec.encode(picture[None].to(self.loaded.device))
-            soft = soft_tokens(model.resampler, latents, torch.float32, described=None, top=TOP_WORDS)
+        model = self.tokenizer
+        soft = model.encode(picture[None].to(self.loaded.device), return_soft=True, top_words=TOP_WORDS)
         rows = zip(
-            ids.tolist(),
+            soft.ids[0].tolist(),
             soft.words[0].tolist(),
             soft.probabilities[0].tolist(),
             soft.entropy[0].tolist(),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from v2flow.errors import V2FlowError
 from v2flow.metrics.distances import GaussianStatistics, frechet_distance, kernel_distance
-from v2flow.probes.alignment_plane import plane_points
+from v2flow.probes.alignment_plane import plane_points, sample
 from v2flow.probes.findings import Batches, Findings, ProbeSettings
 from v2flow.tokenizer import V2FlowTokenizer
 
@@ -58,7 +58,7 @@ def measure_alignment(
     basis = principal_directions(table)
     figures: dict[str, Any] = {"norm_ratio": tokens.mean_norm / table.norm(dim=-1).mean().item()}
     for name, vectors in (("codes", codes), ("tokens", tokens.sample), ("random", random)):
-        figures[name] = compare_directions(sample(vectors, draws), table, basis, draws)
+        figures[name] = compare_directions(sample(vectors, draws, SAMPLE), table, basis, draws)
     figures["rows"] = compare_rows(table, basis, draws)
     figures["top_tokens"] = describe_tokens(model, loader, tokens.counts, top_tokens, settings.progress)
     figures["plane"] = plane_points(table, codes, tokens.counts, draws)
@@ -123,14 +123,6 @@ def collect_tokens(
     return TokenStatistics(images, counts, norms / (images * model.num_tokens), torch.cat(kept))
 
 
-def sample(vectors: Tensor, draws: torch.Generator, size: int = SAMPLE) -> Tensor:
-    """At most `size` of the vectors `[n, D]`, all of them in their order if there are no more."""
-    if len(vectors) <= size:
-        return vectors
-    chosen = torch.randperm(len(vectors), generator=draws)[:size].sort().values
-    return vectors[chosen.to(vectors.device)]
-
-
 def principal_directions(table: Tensor) -> Tensor:
     """Directions of the largest mean square of rows `[V, D]`, as columns `[D, D]`, largest first."""
     return torch.linalg.eigh(table.T @ table)[1].flip(1)
@@ -149,12 +141,12 @@ def compare_directions(
         `frechet_distance`; `energy_32` and `energy_128`, in [0, 1]. Distances need three vectors of each kind.
     """
     figures = {"nearest_cosine": _spread(nearest_rows(vectors, table)[0][:, 0])}
-    return figures | _distances(vectors, sample(table, draws)) | _energy(vectors, basis)
+    return figures | _distances(vectors, sample(table, draws, SAMPLE)) | _energy(vectors, basis)
 
 
 def compare_rows(table: Tensor, basis: Tensor, draws: torch.Generator) -> dict[str, Any]:
     """The table `[V, D]` against itself: nearest other rows, even against odd rows, and its own energy."""
-    rows = sample(table, draws)
+    rows = sample(table, draws, SAMPLE)
     # The nearest row of a row is itself (or its double): the second nearest is the nearest other one.
     figures = {"nearest_cosine": _spread(nearest_rows(rows, table, 2)[0][:, 1])}
     return figures | _distances(rows[0::2], rows[1::2]) | _energy(rows, basis)

@@ -23,7 +23,7 @@ def plane_points(table: Tensor, codes: Tensor, counts: Tensor, draws: torch.Gene
     rows, points, shares = project(table, codes)
     used = counts.double() / counts.sum().clamp(min=1)
     points = torch.cat([points, used[:, None]], dim=1)
-    chosen = {name: _some(x, draws) for name, x in (("rows", rows), ("codes", points))}
+    chosen = {name: sample(x, draws, POINTS) for name, x in (("rows", rows), ("codes", points))}
     found = {name: [[float(f"{v:.3g}") for v in point] for point in x.tolist()] for name, x in chosen.items()}
     return {"variance": shares, **found}
 
@@ -41,5 +41,9 @@ def project(table: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, list[float]]:
     return (rows - rows.mean(0)) @ plane, (codes - rows.mean(0)) @ plane, shares
 
 
-def _some(points: Tensor, draws: torch.Generator) -> Tensor:
-    return points[torch.randperm(len(points), generator=draws)[:POINTS]]
+def sample(vectors: Tensor, draws: torch.Generator, size: int) -> Tensor:
+    """At most `size` of the vectors `[n, D]`, all of them in their order if there are no more."""
+    if len(vectors) <= size:
+        return vectors
+    chosen = torch.randperm(len(vectors), generator=draws)[:size].sort().values
+    return vectors[chosen.to(vectors.device)]
