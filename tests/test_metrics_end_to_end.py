@@ -101,8 +101,8 @@ def test_limit_modes_and_folds(run: tuple[Path, dict[str, Any]], shards: dict[st
     )
     assert found["weights"]["raw"]["images"] == 7 and found["weights"]["raw"]["modes"].keys() == {"sampled"}
     assert (found["protocol"]["split"], found["protocol"]["limit"]) == ("val", 7)
-    with pytest.raises(V2FlowError, match="unknown decode mode 'best'"):
-        evaluate_checkpoint(folder / "last.ckpt", shards["val"], modes=["best"])
+    with pytest.raises(V2FlowError, match="unknown decode mode 'sharpest'"):
+        evaluate_checkpoint(folder / "last.ckpt", shards["val"], modes=["sharpest"])
 
 
 def test_equal_weights_are_scored_once(shards: dict[str, str], tmp_path: Path) -> None:
