@@ -38,6 +38,7 @@ from v2flow.tokenizer import V2FlowTokenizer
 from v2flow.training.module import seeded_generator
 from v2flow.training.tokenizer_module import TokenizerModule
 
+STATUS = Path("/proc/self/status")  # Linux
 LITERAL_WAY, OURS, REUSING, CODEC = "literal", "package", "package, reusing form", "codec alone"
 
 
@@ -176,6 +177,14 @@ def _share(part: torch.nn.Module, source: torch.nn.Module) -> None:
         own._parameters, own._buffers = dict(given._parameters), dict(given._buffers)
 
 
+def peak_rss_bytes() -> int:
+    """Most memory this program held. (`ru_maxrss` would also count what the process held before it ran this program.)"""
+    if not STATUS.is_file():
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     limit = int(job["memory_gb"] * 2**30)
@@ -188,7 +197,7 @@ def main() -> None:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
         found = {"error": f"does not fit into {job['memory_gb']:g} GB: {str(error).splitlines()[0]}"}
-    found["peak_rss_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found["peak_rss_bytes"] = peak_rss_bytes()
     print(json.dumps(found))
 
 
