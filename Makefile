@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXPERIMENT ?= experiments/tokenizer/openmoji-32.yaml
 EXPERIMENT_T2I ?= experiments/t2i/openmoji-32-gemma270m.yaml
 SUITE ?= experiments/benchmark/quick.yaml
+PROCESSES ?= 2
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -40,7 +41,7 @@ START := $(shell date +%s)
 minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 
 .DEFAULT_GOAL := help
-.PHONY: help train-tokenizer train-t2i evaluate demo benchmark test test-faults test-fuzz test-gpu lint docs format experiment-exists checkpoint-exists experiment-t2i-exists suite-exists
+.PHONY: help train-tokenizer train-t2i evaluate demo benchmark test test-faults test-fuzz test-gpu coverage lint docs format experiment-exists checkpoint-exists experiment-t2i-exists suite-exists
 .DELETE_ON_ERROR:
 
 help:
@@ -53,6 +54,7 @@ help:
 	@echo "make test-faults       kill and resume many small trainings; ARGS=\"--kills 50 --out FILE\""
 	@echo "make test-fuzz         10,000 random inputs for each reader; hours; ARGS=\"-k captions\""
 	@echo "make test-gpu          run the tests that need a CUDA GPU"
+	@echo "make coverage          what the tests do not reach: build/coverage/html; ARGS=\"-m 'not slow'\""
 	@echo "make lint              check style and types"
 	@echo "make docs              build the documents: docs/_build/html/index.html"
 	@echo "make format            put the code into the project's style"
@@ -61,6 +63,7 @@ help:
 	@echo "EXPERIMENT_T2I=file    that of train-t2i; now $(EXPERIMENT_T2I)"
 	@echo "SUITE=file.yaml        the benchmark suite; now $(SUITE)"
 	@echo "ARGS=\"...\"             more words for the command, such as --trainer.max_steps=100"
+	@echo "PROCESSES=n            that run the tests at once; now $(PROCESSES)"
 	@echo "VENV=folder            the virtual environment; now $(VENV)"
 	@echo
 	@echo "Each target sets up what it needs: virtual environment, packages, data."
@@ -93,8 +96,9 @@ demo: checkpoint-exists $(VENV)/.installed-demo
 benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
 
+# One thread each: most tests are too small for more, and a file's fixtures are made once.
 test: $(VENV)/.installed-test
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(PROCESSES) --dist loadfile $(ARGS)
 
 # Trainings are killed at random moments and resumed; a seed is drawn and printed (ARGS="--seed N" repeats it).
 test-faults: $(VENV)/.installed-test
@@ -106,6 +110,11 @@ test-fuzz: $(VENV)/.installed-test
 
 test-gpu: $(VENV)/.installed-test
 	$(PY) -m pytest -m gpu $(ARGS)
+
+# Lines and branches, those of commands that tests start included; what is measured is said in pyproject.toml.
+coverage: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(PROCESSES) --dist loadfile \
+	  --cov --cov-report=term --cov-report=html $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(PY) -m ruff check .

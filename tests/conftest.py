@@ -22,7 +22,7 @@ LOOPBACK = ("127.", "::1", "localhost")
 def strict_torch() -> None:
     """The same numbers in every run, and no more threads than the smallest machine has cores."""
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)

@@ -44,10 +44,11 @@ class EMACallback(WeightAveraging):
         return min(self._limit, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
-    def _average(self, averaged: Any, current: Any, updates: Tensor | int) -> None:
+    def _average(self, averaged: Any, current: Any, _updates: Tensor | int) -> None:
+        assert self._average_model is not None
         pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
         if pairs:
-            weight = 1 - self.decay_after(int(updates))
+            weight = 1 - self.decay_after(int(self._average_model.n_averaged))
             torch._foreach_lerp_([a for a, _ in pairs], [c for _, c in pairs], weight)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,6 +72,8 @@ class EMACallback(WeightAveraging):
         assert self._average_model is not None
         self._share_frozen(pl_module)
         self._average_model.to(pl_module.device)
+        # Read in every step: a count on the GPU would make the step wait for it.
+        self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def _share_frozen(self, pl_module: LightningModule) -> None:
         assert self._average_model is not None
