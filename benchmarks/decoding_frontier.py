@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -146,15 +147,16 @@ class Frontier:
         batch = next(iter(evaluation_loader(self.options.data, size, count, count)))
         device = model.visual_vocabulary.codes.device
         ids = model.encode(batch["image"].to(device))
+        if self.document["seconds"].keys() != rows.keys():  # ratios are within a round: all rows anew
+            self.document["seconds"] = {name: [] for name in rows}
         seconds = self.document["seconds"]
-        for number in range(-1, self.options.rounds):
-            if number >= 0 and all(len(seconds.get(name, [])) > number for name in rows):
-                continue  # measured before the script was started again
+        done = min(map(len, seconds.values()))  # before the script was started again
+        for number in range(done - 1, self.options.rounds) if done < self.options.rounds else ():
             for name in rows if number % 2 else reversed(rows):
                 way = self.ways[name.startswith(LITERAL_ROW)]
                 spent = seconds_of(partial(decode_batch, way, ids, rows[name]["options"], number), device)
-                if number >= 0:
-                    seconds.setdefault(name, []).append(spent / len(ids))
+                if number >= done:  # the round before it warms up
+                    seconds[name].append(spent / len(ids))
             self.save()
 
     def run(self) -> dict[str, Any]:
@@ -331,4 +333,8 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except V2FlowError as error:
+        print(f"decoding_frontier: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -142,11 +142,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
     """
     names = ("experiment", "reference", "data", "rounds", "reference_rounds", "memory_gb", "changes")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    for name in ("rounds", "reference_rounds", "memory_gb"):
-        if given.get(name, 1) < 1:
-            raise V2FlowError(
-                f"option --{name.replace('_', '-')}: expected at least 1, found {given[name]:g}"
-            )
+    for name in ("rounds", "reference_rounds", "memory_gb", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise V2FlowError(f"option --{name.replace('_', '-')}: expected at least 1, found {value:g}")
     given |= {"changes": tuple(given["changes"])} if "changes" in given else {}
     return smoke_options(**given) if arguments.smoke else Options(**given)
 
@@ -155,9 +154,9 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     command = ["python", "benchmarks/speed.py", *(sys.argv[1:] if words is None else words)]
     try:
-        if arguments.threads is not None:
-            torch.set_num_threads(max(arguments.threads, 1))
         options = options_of(arguments)
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
         document = measure_parts(arguments.parts, options, arguments.out, command, arguments.again)
         if arguments.report:
             write_report(document, arguments.out.parent)

@@ -155,11 +155,16 @@ class TestFrames:
         assert time.perf_counter() - begin >= 0.4
 
     def test_an_abandoned_picture_stops_and_frees_the_model(self, session: Session, reading: Reading) -> None:
-        run = session.reconstruct(reading, {"steps": 500}, pause=0)
-        next(run)
+        lock = threading.Lock()
+
+        def endless() -> torch.Tensor:
+            while True:
+                session.loaded.decode(reading.ids, {}, (0, 0))
+
+        run = frames(session.tokenizer, endless, lock, pause=0)
+        assert not next(run).done and lock.locked()
         run.close()  # type: ignore[attr-defined]
-        (last,) = [f for f in session.reconstruct(reading, {"steps": 1}, pause=0) if f.done]
-        assert last.picture.shape == (3, 16, 16)
+        assert lock.acquire(timeout=30), "it goes on"
 
     def test_one_thread_at_a_time_computes(self) -> None:
         busy, seen = threading.Lock(), []
@@ -306,6 +311,8 @@ def test_broken_files_are_named_in_one_line(session: Session, picture: str, tmp_
             V2FlowError, match=f"^{name}: expected a JPEG, PNG or WebP picture, found: [^\n]+$"
         ):
             session.read(str(tmp_path / name))
+    with pytest.raises(V2FlowError, match="none.png: cannot be read .No such file or directory.; expected"):
+        session.read(str(tmp_path / "none.png"))
 
 
 def test_formats_beyond_the_allow_list_are_refused(session: Session, tmp_path: Path) -> None:
@@ -330,6 +337,7 @@ def test_the_command_refuses_before_it_loads(capsys: pytest.CaptureFixture[str])
         port = str(taken.getsockname()[1])
         for words, expected in (
             (["--port", port], f"cannot listen on 127.0.0.1 port {port}"),
+            (["--host", "a..b", "--port", port], "cannot listen on a..b"),
             (["--port", "99999"], "option --port: expected a number from 1 to 65535"),
             (["--max-upload", "0"], "option --max-upload: expected at least 1 MB"),
         ):

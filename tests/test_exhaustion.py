@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import multiprocessing
 import os
 import resource
 import time
@@ -16,9 +17,9 @@ from data_toys import numbered_picture, numbered_shards
 from torch.utils.data import TensorDataset
 
 from v2flow.data import disk
-from v2flow.data.batches import Batch, Request
+from v2flow.data.batches import Batch, EvaluationBatches, Request, SampleReader
 from v2flow.data.http import HttpLimits, HttpStream
-from v2flow.data.loaders import _Workers
+from v2flow.data.loaders import EvaluationLoader, _Workers
 from v2flow.data.manifest import MANIFEST
 from v2flow.data.shards import fetch_shard, open_shards
 from v2flow.data.writer import Sample, write_shards
@@ -267,6 +268,17 @@ def test_what_a_worker_raises_itself_is_not_its_death(monkeypatch: pytest.Monkey
     monkeypatch.setattr(_Workers, "_new_loader", lambda self: Breaking(self._requests, own))
     with pytest.raises(OSError, match="Original Traceback"):
         list(_Workers(TensorDataset(), 2, 0, persistent=False).run([Request(0, i, 1) for i in range(4)]))
+
+
+def test_workers_of_an_evaluation_end_with_its_last_batch(tmp_path: Path) -> None:
+    """Lightning knows the number of batches and does not ask for one more."""
+    shards = open_shards(numbered_shards(tmp_path / "a", [3]), progress=False)
+    others = {*multiprocessing.active_children()}
+    batches = iter(EvaluationLoader(EvaluationBatches(SampleReader(shards, 8), 3), 2, num_workers=1))
+    assert len(next(batches)["key"]) == 2 and len({*multiprocessing.active_children()} - others) == 1
+    assert next(batches)["valid"].tolist() == [True, False]
+    assert {*multiprocessing.active_children()} <= others
+    assert next(batches, None) is None
 
 
 # --- what is not there --------------------------------------------------------------------------------------------

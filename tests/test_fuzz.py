@@ -269,6 +269,7 @@ def test_ids(ids: torch.Tensor, options: dict[str, Any]) -> None:
     with suppress(V2FlowError):
         pictures = tokenizer().decode(ids, generator=torch.Generator().manual_seed(0), **options)
         assert pictures.shape == (len(ids), 3, 16, 16)
+        assert ids.dtype in INTEGERS and ((ids >= 0) & (ids < 32)).all(), "nothing else is drawn"
 
 
 # --- configurations -----------------------------------------------------------------------------------------------

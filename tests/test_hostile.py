@@ -129,13 +129,9 @@ def test_a_folder_of_pickled_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_code_beside_an_exported_model_is_neither_run_nor_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    if "trust_remote_code=False" not in (repository / "src/v2flow/t2i/hub.py").read_text():
-        pytest.skip(
-            "v2flow.t2i.hub does not say trust_remote_code=False yet: transformers asks at the terminal"
-        )
     from core_toys import small_config
 
     from v2flow import V2FlowForTextToImage, V2FlowTokenizer

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import evaluate_model
 from v2flow.images import load_image
+from v2flow.training.logged_pictures import usage_map
 from v2flow.training.metric_callbacks import ReconstructionCallback
 
 pytestmark = pytest.mark.filterwarnings(
@@ -133,7 +134,8 @@ def test_grid_and_scalars_reach_tensorboard(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, [callback], logger=TensorBoardLogger(tmp_path), max_epochs=1)
     events = EventAccumulator(str(trainer.log_dir), size_guidance={"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["val/grid"]
+    assert set(events.Tags()["images"]) == {"val/grid", "val/codebook_usage_map"}
+    assert events.Tags()["histograms"] == []  # a tokenizer without a vocabulary
     image = events.Images("val/grid")[0]
     assert (image.width, image.height) == (3 * 16, 2 * 16)
     scalars = events.Tags()["scalars"]
@@ -196,7 +198,8 @@ def _fit_rank(rank: int, port: int, folder: str) -> None:
         "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
     }  # fmt: skip
     callback = ReconstructionCallback(final_features=True, grid_images=2)
-    trainer, _ = fit(Path(folder), [callback], devices=2, strategy="ddp", max_epochs=1)
+    logger = TensorBoardLogger(folder)
+    trainer, _ = fit(Path(folder), [callback], devices=2, strategy="ddp", max_epochs=1, logger=logger)
     Path(folder, f"psnr-{rank}").write_text(str(trainer.callback_metrics["val/psnr"].item()))
 
 
@@ -218,5 +221,11 @@ def test_two_ranks_give_the_figures_of_one(tmp_path: Path) -> None:
         assert found["modes"][mode] == pytest.approx(figures, rel=1e-4)
     for key in ("keys_sha256", "pixels_sha256"):
         assert two["protocol"][key] == one["protocol"][key]
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    (shown,) = events.Images("val/codebook_usage_map")
+    counts = model.encode(ToyLoader(10, 4).images).flatten().bincount(minlength=64)
+    (tmp_path / "map.png").write_bytes(shown.encoded_image_string)
+    assert torch.equal((load_image(tmp_path / "map.png") * 255).round().to(torch.uint8), usage_map(counts))
     logged = [float((tmp_path / f"psnr-{rank}").read_text()) for rank in range(2)]
     assert logged[0] == logged[1] == pytest.approx(one["modes"]["mean"]["psnr"], rel=1e-6)

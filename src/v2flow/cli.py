@@ -1,6 +1,7 @@
 """The command `v2flow`: verbs, their options, and one place where mistakes become one line and exit status 2.
 
-What a verb imports is imported inside it, so that `v2flow --help` answers at once.
+docs/command-line.md has all exit statuses. What a verb imports is imported inside it, so that `v2flow --help` answers
+at once.
 """
 
 import argparse
@@ -9,8 +10,10 @@ from typing import NoReturn
 
 from v2flow import __version__
 from v2flow.cli_benchmark import add_benchmark_verb
+from v2flow.cli_completion import add_completion_verb
 from v2flow.cli_data import add_data_verbs
 from v2flow.cli_demo import add_demo_verb
+from v2flow.cli_exit_status import INTERRUPTED, MISTAKE, READER_GONE, reader_is_gone
 from v2flow.cli_generate import add_generate_verb
 from v2flow.cli_model import add_model_verbs
 from v2flow.cli_plan import add_plan_verb
@@ -36,6 +39,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="v2flow",
         description="Train, score and use image tokenizers whose tokens live in the vocabulary space of an LLM.",
+        epilog="Exit status: 0 if all went well, 2 after a mistake in the input (one line on standard error), 130 "
+        "after Ctrl-C, 143 for a training that SIGTERM has stopped.",
     )
     parser.add_argument("--version", action="version", version=f"v2flow {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -48,6 +53,7 @@ def build_parser() -> Parser:
     add_benchmark_verb(verbs)
     add_plan_verb(verbs)
     add_demo_verb(verbs)
+    add_completion_verb(verbs)
     return parser
 
 
@@ -58,29 +64,39 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `v2flow`; those of the process when left out.
 
     Returns:
-        Exit status: 0, or 2 after a mistake in the input, which is one line on standard error.
-    """
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        if arguments and arguments[0] in TRAINING_VERBS:
-            from v2flow.cli_training import run_training
+        Exit status: 0; 2 after a mistake in the input, which is one line on standard error; 130 after Ctrl-C; 141 if
+        what reads the output has gone, as `head` does.
 
-            run_training(arguments)
-        else:
-            options = build_parser().parse_args(arguments)
-            options.run(options)
+    Raises:
+        SystemExit: after `--help` and `--version`; a training that a signal has stopped, see `run_training`.
+    """
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except V2FlowError as error:
         return _fail(str(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return READER_GONE
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("v2flow: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments and arguments[0] in TRAINING_VERBS:
+        from v2flow.cli_training import run_training
+
+        run_training(arguments)
+    else:
+        options = build_parser().parse_args(arguments)
+        options.run(options)
 
 
 def _fail(message: str) -> int:
     print("v2flow: error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return MISTAKE

@@ -67,7 +67,8 @@ def check_address(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of names that cannot be any host's
+        reason = getattr(error, "strerror", None) or "no host name"
         raise V2FlowError(
-            f"options --host and --port: cannot listen on {host} port {port} ({error.strerror}); name others"
+            f"options --host and --port: cannot listen on {host} port {port} ({reason}); name others"
         ) from error

@@ -1,7 +1,7 @@
 """The verb `generate`: pictures of captions."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ def run_generate(options: argparse.Namespace) -> None:
         raise V2FlowError("options --out and --geneval: expected one of them, found neither; name a folder")
     if options.samples < 1:
         raise V2FlowError(f"option --samples: expected at least 1, found {options.samples}")
+    if options.batch_size < 1:
+        raise V2FlowError(f"option batch_size: expected at least 1, found {options.batch_size}")
     prompts = [Prompt(caption) for caption in options.captions]
     if options.prompts is not None:
         prompts += read_prompts(options.prompts)
@@ -90,8 +92,7 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
     from v2flow.evaluate import FOLDER_MODES
     from v2flow.images import save_grid
     from v2flow.inference import load_text_to_image_model
-    from v2flow.t2i.generation import generate_ids, generation_options
-    from v2flow.training.module import seeded_generator
+    from v2flow.t2i.generation import generation_options
 
     names = ("temperature", "top_k", "top_p", "guidance")
     how = {name: getattr(options, name) for name in names}
@@ -102,27 +103,40 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
         decode = dict(presets_of(model.tokenizer)[options.mode])
     model.to(pick_device())
     captions = [prompt.caption for prompt in prompts for _ in range(options.samples)]
-    cpu = torch.device("cpu")
-    ids = generate_ids(
-        model,
-        captions,
-        batch_size=options.batch_size,
-        generator=seeded_generator(cpu, options.seed, 0),
-        **how,
-    )
+    model.caption_ids(captions)  # a bad one is refused before anything is drawn
     first: list[Tensor] = []
-    noise = seeded_generator(cpu, options.seed, 1)
-    for start in range(0, len(ids), options.batch_size):
-        pictures = model.tokenizer.decode(ids[start : start + options.batch_size], noise, **decode).cpu()
-        for index, picture in enumerate(pictures, start):
-            _write(options, captions[index], index, picture)
+    for index, picture in enumerate(_pictures(options, model, captions, how, decode)):
+        _write(options, captions[index], index, picture)
         if len(first) < GRID_PICTURES:
-            first += list(pictures)
+            first.append(picture)
     _write_records(options, prompts, captions, {**how, "decode": decode})
     if options.grid is not None:
         columns = options.samples if options.samples > 1 else GRID_COLUMNS
-        save_grid([torch.stack(first[:GRID_PICTURES])], options.grid, columns)
+        save_grid([torch.stack(first)], options.grid, columns)
     return len(captions)
+
+
+def _pictures(
+    options: argparse.Namespace,
+    model: Any,
+    captions: Sequence[str],
+    how: dict[str, Any],
+    decode: dict[str, Any],
+) -> "Iterator[Tensor]":
+    """Pictures [3, S, S] of the captions, drawn a batch at a time."""
+    import torch
+    from tqdm import tqdm
+
+    from v2flow.t2i.generation import generate_ids
+    from v2flow.training.module import seeded_generator
+
+    draws, noise = (seeded_generator(torch.device("cpu"), options.seed, purpose) for purpose in (0, 1))
+    with tqdm(desc="draw", total=len(captions), unit="picture", delay=2.0, leave=False) as bar:
+        for start in range(0, len(captions), options.batch_size):
+            part = captions[start : start + options.batch_size]
+            ids = generate_ids(model, part, batch_size=options.batch_size, generator=draws, **how)
+            yield from model.tokenizer.decode(ids, noise, **decode).cpu()
+            bar.update(len(part))
 
 
 def _write(options: argparse.Namespace, caption: str, index: int, picture: "Tensor") -> None:

@@ -1,6 +1,7 @@
 """Verbs that use a trained model: evaluate, encode, decode, reconstruct, export."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def add_model_verbs(verbs: Any) -> None:
     _add_decode_options(reconstruct)
     export = _add_verb(verbs, "export", run_export, "a folder for from_pretrained, in the Hugging Face way")
     export.add_argument("folder", type=Path, metavar="DIR", help="new or empty folder to write")
+    export.add_argument("--encoder", action="store_true", help="also write encoder.pt2 beside the tokenizer: pictures "
+                        "to ids, for plain torch without v2flow")  # fmt: skip
 
 
 def _add_verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -213,10 +216,25 @@ def run_reconstruct(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """`v2flow export`."""
-    from v2flow.inference import export_model
+    from v2flow.inference import export_model, is_text_to_image
 
     export_model(options.checkpoint, options.weights, options.folder)
+    if options.encoder:
+        inside = options.folder / "tokenizer" if is_text_to_image(str(options.folder)) else options.folder
+        _export_encoder(inside, options.folder)
     print(f"exported: {options.folder}")
+
+
+def _export_encoder(tokenizer: Path, exported: Path) -> None:
+    """Adds the encoder's program to a tokenizer's folder; without it `exported` goes again: all of it or nothing."""
+    from v2flow import V2FlowTokenizer
+    from v2flow.encoder_export import save_encoder
+
+    try:
+        save_encoder(V2FlowTokenizer.from_pretrained(tokenizer), tokenizer)
+    except BaseException:
+        shutil.rmtree(exported, ignore_errors=True)
+        raise
 
 
 def chosen_decode_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 EXPERIMENTS = ("experiments/tokenizer", "experiments/t2i")
 
 _DESCRIPTION = """\
-What a training would take, before there is a GPU, a picture or a weight: parameters by part, FLOPs of a
-step, bytes on one device under DDP and under FSDP2, bytes that devices send each other, and days for the
-steps of the recipe. The model is built from its sizes alone and one step is followed on tensors without
-contents. What could not be known is listed below the figures as an assumption."""
+What a training would take, before there is a GPU, a picture or a weight:
+parameters by part, FLOPs of a step, bytes on one device under DDP and under
+FSDP2, bytes that devices send each other, and days for the steps of the
+recipe. The model is built from its sizes alone and one step is followed on
+tensors without contents. What could not be known is listed below the figures
+as an assumption."""
 
 _EPILOG = """\
 examples:
-  v2flow plan --config experiments/tokenizer/reference-512.yaml --device h100 --devices 8 --nodes 4
-  v2flow plan --config experiments/t2i/reference-llama2-7b.yaml --device a100-40gb --utilisation 0.4 --json plan.json
+  v2flow plan --config experiments/tokenizer/reference-512.yaml \\
+    --device h100 --devices 8 --nodes 4
+  v2flow plan --config experiments/t2i/reference-llama2-7b.yaml \\
+    --device a100-40gb --utilisation 0.4 --json plan.json
   v2flow plan --config experiments/tokenizer/openmoji-32.yaml --device cpu
   v2flow plan --all --out benchmarks/results/plans/README.md"""
 
@@ -114,21 +118,24 @@ def run_plan(options: argparse.Namespace) -> None:
         raise V2FlowError("option --config: expected an experiment file, found none; name one, or take --all")
     if options.draws < 1:
         raise V2FlowError(f"option --draws: expected at least 1, found {options.draws}")
+    from tqdm import tqdm
+
     from v2flow.planning.experiment import read_experiment
     from v2flow.planning.plan import plan_experiment
     from v2flow.planning.report import plan_text
 
     hardware = _hardware(options)
     plans: list[tuple[str, Plan]] = []
-    for path in paths:
-        experiment = read_experiment(path, options.set)
-        setting = _setting(options, experiment, hardware)
-        tokens = options.caption_tokens if experiment.text_to_image or not options.all else None
-        plan = plan_experiment(experiment, setting, tokens, options.draws)
-        if plans:
-            print("\n")
-        print(plan_text(plan))
-        plans.append((f"{path.resolve().parent.name}/{path.stem}", plan))
+    with tqdm(desc="plan", total=2 * len(paths), unit="part", delay=2.0, leave=False) as bar:
+        for path in paths:
+            experiment = read_experiment(path, options.set)
+            bar.update()
+            setting = _setting(options, experiment, hardware)
+            tokens = options.caption_tokens if experiment.text_to_image or not options.all else None
+            plan = plan_experiment(experiment, setting, tokens, options.draws)
+            bar.write(("\n\n" if plans else "") + plan_text(plan))
+            bar.update()
+            plans.append((f"{path.resolve().parent.name}/{path.stem}", plan))
     _write(options, plans)
 
 

@@ -1,10 +1,7 @@
 """`v2flow fit|validate|test`: Lightning's command line over experiment files, with short error messages."""
 
-import logging
-import os
 import re
 import sys
-import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +16,11 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
+from v2flow.cli_exit_status import signals_in_trainer
 from v2flow.cli_experiment import data_module_class
+from v2flow.cli_quiet import quiet, silence_lightning
+from v2flow.cli_run_files import RunConfigCallback, write_figures
+from v2flow.cli_training_help import TrainingHelp
 from v2flow.errors import V2FlowError
 from v2flow.paths import name_pictures_folder
 from v2flow.training.checkpoint import read_checkpoint
@@ -37,7 +38,7 @@ LIGHTNING_CHECKPOINTS = ("best", "hpc")
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI with `--init-from`, and the pictures' size handed from the model to the data."""
+    """LightningCLI with `--init-from` and `--json`, and the pictures' size handed from the model to the data."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -46,13 +47,19 @@ class TrainingCLI(LightningCLI):
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `--init-from`, and hands the model's picture size to the data."""
+        """Adds `--init-from` and `--json`, and hands the model's picture size to the data."""
         parser.add_argument(
             "--init-from",
             type=Optional[str],
             default=None,
             help="Checkpoint or exported folder whose weights to start from. Unlike --ckpt_path it leaves the "
             "optimiser, the step count and the position in the data as at the start of a run.",
+        )
+        parser.add_argument(
+            "--json",
+            type=Optional[str],
+            default=None,
+            help="File for the figures logged last, beside those that the run leaves in its own folder.",
         )
         if self.datamodule_class is ShardDataModule:
             # One size for both, whatever class the model is.
@@ -112,12 +119,19 @@ class TrainingCLI(LightningCLI):
         """Takes the weights to be scored."""
         self._initialise()
 
+    def after_fit(self) -> None:
+        """Writes the figures for `--json`."""
+        write_figures(self.trainer, self.config[self.subcommand].json)
+
+    after_validate = after_test = after_fit
+
 
 def run_training(arguments: list[str]) -> None:
     """Runs `fit`, `validate` or `test` with the words after `v2flow`.
 
     Raises:
         V2FlowError: an unknown option, a value of the wrong type, a missing file or an unresolved `${…}`.
+        KeyboardInterrupt: Ctrl-C, where it has not stopped a training between two steps.
         SystemExit: a signal has stopped the training; see `TrainingInterrupted` for the exit status.
     """
     verbs: dict[str, Any] = {
@@ -127,7 +141,8 @@ def run_training(arguments: list[str]) -> None:
     }
     with clear_exhaustion(), _clear_errors(f"v2flow {arguments[0]}"), _command_line(arguments):
         try:
-            _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS | verbs)
+            with signals_in_trainer():
+                _training_cli(data_module_class(arguments), parser_kwargs=_SETTINGS | verbs)
         except TrainingInterrupted as stop:
             if stop.message:
                 print(stop.message, file=sys.stderr)
@@ -150,22 +165,27 @@ def experiment_cli(arguments: list[str], kind: type[TrainingCLI] = TrainingCLI) 
     Raises:
         V2FlowError: as :func:`run_training`.
     """
-    with _clear_errors("v2flow fit"), _command_line(arguments), _quiet():
+    with _clear_errors("v2flow fit"), _command_line(arguments), quiet():
         return _training_cli(data_module_class(arguments), kind, parser_kwargs=_SETTINGS, run=False)
 
 
-_SETTINGS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
+_SETTINGS: dict[str, Any] = {
+    "parser_mode": "omegaconf+",
+    "exit_on_error": False,
+    "formatter_class": TrainingHelp,
+}
 
 
 def _training_cli(
     data: type[StreamingDataModule], kind: type[TrainingCLI] = TrainingCLI, **options: Any
 ) -> TrainingCLI:
     name_pictures_folder()
-    _silence_lightning()
+    silence_lightning()
     return kind(
         LightningModule,
         data,
         subclass_mode_model=True,
+        save_config_callback=RunConfigCallback,
         # The modules configure their own optimiser: options for another one would do nothing.
         auto_configure_optimizers=False,
         **options,
@@ -227,40 +247,12 @@ def condense(message: str) -> str:
     message = re.split(r"\n\s*Given value type:", message)[0]
     noise = re.compile(r"Does not validate against any|Subtypes:|Errors:$|Expected a <class 'NoneType'>")
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    text = " ".join(line for line in lines if line and not noise.match(line))
+    lines = [line for line in lines if line and not noise.match(line)]
+    # Where one of an option's types has said more than that it was not meant, the others have nothing to add.
+    reasons = [line for line in lines[1:] if not line.startswith("Expected a <class ")]
+    text = " ".join([*lines[:1], *reasons] if reasons else lines)
     text = re.sub(r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"unknown option '\1.\2'", text)
     return text.replace("unrecognized arguments:", "unknown option")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No word of Lightning's on seeds and devices: what is only built uses neither."""
-    talkers = [
-        logging.getLogger(f"lightning.{name}")
-        for name in ("fabric.utilities.seed", "pytorch.utilities.rank_zero")
-    ]
-    levels = [talker.level for talker in talkers]
-    try:
-        for talker in talkers:
-            talker.setLevel(logging.ERROR)
-        yield
-    finally:
-        for talker, level in zip(talkers, levels, strict=True):
-            talker.setLevel(level)
-
-
-def _silence_lightning() -> None:
-    """Leaves out what Lightning says about itself and a user can do nothing about."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    # Lightning 2.6 calls older names of jsonargparse and of PyTorch's pytree.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", module="lightning")
-    # Each run has a folder of its own; Lightning says this of the parent folder when it will save nothing.
-    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
 
 
 @contextmanager

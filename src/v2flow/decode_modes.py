@@ -2,12 +2,14 @@
 
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from v2flow.decoding import decode_options
+from v2flow.decoding import DecodeOptions, decode_options
 from v2flow.errors import V2FlowError
 
 PRESETS = ("fast", "balanced", "best")
@@ -38,12 +40,32 @@ def read_presets(document: Any, where: str) -> Presets:
             f"{where}: expected presets {', '.join(PRESETS)}, found {found}; measure them again"
         )
     try:
-        options = {name: dict(presets[name]["options"]) for name in PRESETS}
-        for each in options.values():
-            decode_options(each)
+        options = {name: checked(dict(presets[name]["options"])) for name in PRESETS}
     except (KeyError, TypeError, ValueError) as error:
         raise V2FlowError(f"{where}: presets: expected options of decode, found {error}") from error
     return options
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `decode` that somebody wrote: with values of any type.
+
+    Raises:
+        V2FlowError: an unknown name, or a value of another type or out of range.
+    """
+    for name, default in asdict(DecodeOptions()).items():
+        value = options.get(name, default)
+        if not _same_kind(value, default):
+            raise V2FlowError(f"decode option {name}: expected a value such as {default}, found {value!r}")
+    decode_options(dict(options))
+    return dict(options)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if isinstance(default, list):
+        return isinstance(value, list) and all(_same_kind(part, 0.0) for part in value)
+    if isinstance(default, float):
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is type(default)
 
 
 def presets_of(model: Any) -> Presets:
@@ -110,8 +132,7 @@ def _written_out(mode: str) -> dict[str, Any]:
     for part in mode.split(","):
         name, _, text = part.partition("=")
         options[name] = [_value(t) for t in text.split(":")] if ":" in text else _value(text)
-    decode_options(options)
-    return options
+    return checked(options)
 
 
 def _value(text: str) -> int | float | str:

@@ -17,6 +17,10 @@ class Gauge(Callback):
         self.file = Path(file)
         self.every = every
         self._next = 0.0
+        self._validations = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validations += 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gc.collect()
@@ -32,6 +36,7 @@ class Gauge(Callback):
         line = {
             "seconds": time.monotonic(),
             "step": trainer.global_step,
+            "validations": self._validations,
             "rss_mb": process.memory_info().rss / 2**20,
             "workers_mb": sum(_rss(worker) for worker in workers) / 2**20,
             "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),

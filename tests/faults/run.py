@@ -33,6 +33,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
     parser.add_argument("--folder", type=Path, default=None, help="where the runs are left to be looked at")
     options = parser.parse_args()
+    if options.only and not options.data:
+        parser.error("--only chooses among the faults of --data; give both")
     seed = options.seed if options.seed is not None else int(time.time())
     print(f"seed {seed}", flush=True)
     # Imported once; each run is a fork of this process.

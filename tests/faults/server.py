@@ -14,7 +14,7 @@ class FaultyServer(ThreadingHTTPServer):
 
     Attributes:
         faults: used up, one for each request of a tar: the number of a status, "cut" after half of the bytes, "crawl"
-            (a few bytes at a time, without end), or "" for none.
+            (200 bytes a second), or "" for none.
         order: a file that may name the fault of every request when `faults` is used up: another process can write it.
         pause: seconds between two pieces of 1 kB, for a server that is slow but works.
     """
@@ -50,7 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path.suffix == ".tar":
             order = self.server.order
             lasting = order.read_text() if order.is_file() else ""
-            fault = self.server.faults.pop(0) if self.server.faults else lasting
+            try:
+                fault = self.server.faults.pop(0)  # requests come from several processes at once
+            except IndexError:
+                fault = lasting
         if fault.isdigit():
             return self.send_error(int(fault))
         data, first = path.read_bytes(), 0

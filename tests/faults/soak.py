@@ -4,7 +4,8 @@ python tests/faults/soak.py --minutes 60 --out soak.json
 
 One training runs throughout and is measured: its shards come from a server that is slow and fails, a hundredth of its
 samples cannot be decoded, and its data workers are killed. Beside it trainings are killed at random and resumed, again
-and again. `--out` is written as the soak goes on, so that one that is ended early says what it knows.
+and again. `--out` is written as the soak goes on, so that one that is ended early says what it knows. What comes with
+the first validation is warm-up, and is not judged. The memory's slope needs most of an hour to be known to 20 MB.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,8 @@ from data_faults import quick_limits  # noqa: E402
 from data_toys import encode, write_tar  # noqa: E402
 from harness import _fork, fitting, make_toys  # noqa: E402
 from server import FaultyServer, serving  # noqa: E402
+from verdict import LIMIT_MB, judge  # noqa: E402
 
-LIMIT_MB = 20.0
-"""Of the upper 95 % bound of the memory's slope, in MB an hour."""
-WINDOW = 0.75
-"""Share of the soak, its last, that is judged: of an hour, 45 minutes."""
 SHARDS, EACH, DAMAGED = 8, 40, 3
 CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
 
@@ -46,70 +46,17 @@ class Soak:
     Attributes:
         events: what was done to the trainings, by kind.
         broken: checkpoints that could not be read, and ends that were not expected; one line each.
+        running: the process that trains in a folder.
     """
 
     folder: Path
     seed: int
     events: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    running: dict[Path, int] = field(default_factory=dict)
 
     def count(self, event: str) -> None:
         self.events[event] = self.events.get(event, 0) + 1
-
-
-# --- statistics ---------------------------------------------------------------------------------------------------
-
-
-def theil_sen(seconds: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
-    """Median slope over all pairs, and its lower and upper 95 % bound (Sen 1968), in units an hour.
-
-    Each bound is one-sided, by Kendall's statistic; its variance is enlarged for values that follow their neighbours
-    (the lag-1 term of Hamed and Rao 1998).
-    """
-    first, second = np.triu_indices(len(values), 1)
-    slopes = np.sort((values[second] - values[first]) / (seconds[second] - seconds[first])) * 3600.0
-    count, slope = len(values), float(np.median(slopes))
-    residuals = values - slope / 3600.0 * seconds
-    residuals = residuals - residuals.mean()
-    spread = float(residuals @ residuals)
-    lag = float(np.clip(residuals[1:] @ residuals[:-1] / spread, 0.0, 0.95)) if spread else 0.0
-    variance = count * (count - 1) * (2 * count + 5) / 18.0 * (1.0 + lag) / (1.0 - lag)
-    ranks = [round((len(slopes) + sign * 1.645 * np.sqrt(variance)) / 2) for sign in (-1, 1)]
-    lower, upper = (float(slopes[min(max(rank, 0), len(slopes) - 1)]) for rank in ranks)
-    return slope, lower, upper
-
-
-def judge(samples: list[dict[str, float]], seconds: float, broken: list[str]) -> dict[str, Any]:
-    """The verdict on what was measured, over the last three quarters of the soak."""
-    begin = samples[0]["seconds"] + (1 - WINDOW) * seconds if samples else 0.0
-    kept = [sample for sample in samples if sample["seconds"] >= begin]
-    if len(kept) < 30:
-        return {"samples": len(kept), "good": None, "why": ["too few measurements", *broken]}
-    columns = {name: np.array([sample[name] for sample in kept]) for name in kept[0]}
-    slope, _, bound = theil_sen(columns["seconds"], columns["rss_mb"])
-    third = len(kept) // 3
-    growth = {
-        name: float(np.median(columns[name][-third:]) - np.median(columns[name][:third]))
-        for name in ("tensors", "descriptors", "processes", "threads")
-    }
-    # They go up and down with logging and validation: growth is a slope that is positive beyond doubt.
-    why = [
-        f"{name} grew by {grown:g}"
-        for name, grown in growth.items()
-        if theil_sen(columns["seconds"], columns[name])[1] > 0
-    ]
-    if bound >= LIMIT_MB:
-        why.append(f"memory grows by up to {bound:.1f} MB an hour")
-    return {
-        "samples": len(kept),
-        "minutes_judged": round(float(np.ptp(columns["seconds"])) / 60, 1),
-        "rss_mb_an_hour": round(slope, 2),
-        "rss_mb_an_hour_upper_95": round(bound, 2),
-        "rss_mb_median": round(float(np.median(columns["rss_mb"])), 1),
-        "growth": growth,
-        "good": not why and not broken,
-        "why": why + broken,
-    }
 
 
 # --- trainings ----------------------------------------------------------------------------------------------------
@@ -154,29 +101,56 @@ def write_experiment(config: dict[str, Any], folder: Path, server: FaultyServer,
     return str(path)
 
 
-def start(path: str, folder: Path) -> int:
-    """Forks a process that trains, and gives its number."""
-    work = fitting(path, None, {"V2FLOW_CACHE": str(folder / "cache")})
+def start(soak: Soak, folder: Path) -> None:
+    """Forks a process that trains the experiment in a folder."""
+    work = fitting(str(folder / "experiment.yaml"), None, {"V2FLOW_CACHE": str(folder / "cache")})
 
     def limited() -> int:
+        from v2flow.data import http
+
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         quick_limits()
+        http.LIMITS = replace(http.LIMITS, retries=20)  # more than there are faults in a row
         return work()
 
-    return _fork(limited, folder / "log")
+    soak.running[folder] = _fork(limited, folder / "log")
 
 
-def disturb(
-    soak: Soak, folder: Path, trainer: int | None, server: FaultyServer, draws: random.Random
-) -> None:
+def stop(soak: Soak, folder: Path, number: signal.Signals) -> None:
+    """Sends a signal to the training in a folder, which must end by it and leave checkpoints that load."""
+    process = soak.running.pop(folder)
+    os.kill(process, number)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if status not in (-number, 128 + number):
+        soak.broken.append(
+            f"{folder.name}: expected an end by {number.name}, found {status}; see {folder / 'log'}"
+        )
+    check_checkpoints(soak, folder)
+
+
+@contextmanager
+def no_survivors(soak: Soak) -> Iterator[None]:
+    """No training outlives the soak, however it ends."""
+    try:
+        yield
+    finally:
+        for process in soak.running.values():
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+
+def disturb(soak: Soak, folder: Path, server: FaultyServer, draws: random.Random) -> None:
     """Makes the next fetches slow and faulty, forgets what was fetched, and kills the data workers of a training."""
     server.pause = draws.choice([0.0, 0.002, 0.02])
     server.faults = [draws.choice(["500", "503", "cut", "crawl", "", ""]) for _ in range(6)]
     for shard in (folder / "cache" / "shards").glob("*.tar"):
         shard.unlink()
     soak.count("shards forgotten, server slow and faulty")
-    for worker in psutil.Process(trainer).children() if trainer is not None else []:
-        worker.kill()
-        soak.count("data workers killed")
+    if folder in soak.running:
+        for worker in psutil.Process(soak.running[folder]).children():
+            with suppress(psutil.NoSuchProcess):  # one of a validation that has ended meanwhile
+                worker.kill()
+                soak.count("data workers killed")
 
 
 def check_checkpoints(soak: Soak, folder: Path) -> None:
@@ -189,20 +163,11 @@ def check_checkpoints(soak: Soak, folder: Path) -> None:
         reason = damage(path)
         try:
             torch.load(path, weights_only=True)
-        except FileNotFoundError:
-            continue  # replaced meanwhile
         except Exception as error:
             reason = reason or repr(error)
         soak.count("checkpoints loaded")
         if reason is not None:
             soak.broken.append(f"{path}: {reason}")
-
-
-def ended(soak: Soak, status: int, folder: Path, expected: tuple[int, ...]) -> None:
-    if status not in expected:
-        soak.broken.append(
-            f"{folder.name}: expected an end with {expected}, found {status}; see {folder / 'log'}"
-        )
 
 
 # --- the hour -----------------------------------------------------------------------------------------------------
@@ -214,40 +179,34 @@ def run(soak: Soak, minutes: float, every: float, out: Path) -> dict[str, Any]:
     config = make_toys("tokenizer", soak.folder)
     write_data(soak.folder / "data")
     long, short = soak.folder / "measured", soak.folder / "killed"
-    with serving(soak.folder / "data") as server:
-        trainer = start(write_experiment(config, long, server, every), long)
-        path = write_experiment(config, short, server, 0.0)
+    with serving(soak.folder / "data") as server, no_survivors(soak):
+        write_experiment(config, long, server, every)
+        write_experiment(config, short, server, 0.0)
+        start(soak, long)
         begun = time.monotonic()
-        victim, strike, next_fault, next_report = 0, 0.0, begun + min(60.0, 10 * minutes), begun
+        strike, next_fault, next_report = 0.0, begun + min(60.0, 10 * minutes), begun
         while (now := time.monotonic()) < begun + 60 * minutes and not soak.broken:
-            if not victim:
-                victim, strike = start(path, short), now + draws.uniform(5.0, 60.0)
+            if short not in soak.running:
+                start(soak, short)
+                strike = now + draws.uniform(5.0, 60.0)
             elif now > strike:
                 number = draws.choice([signal.SIGKILL, signal.SIGTERM])
-                os.kill(victim, number)
-                status = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
-                ended(soak, status, short, (-number, 128 + number))
+                stop(soak, short, number)
                 soak.count(f"killed by {number.name}, resumed")
-                check_checkpoints(soak, short)
                 if draws.random() < 0.5:
-                    disturb(soak, short, None, server, draws)
-                victim = 0
+                    disturb(soak, short, server, draws)
             if now > next_fault:
-                disturb(soak, long, trainer, server, draws)
+                disturb(soak, long, server, draws)
                 next_fault = now + draws.uniform(60.0, 180.0)
-            if os.waitpid(trainer, os.WNOHANG)[0]:
+            if os.waitpid(soak.running[long], os.WNOHANG)[0]:
+                del soak.running[long]
                 soak.broken.append(f"the measured training has ended; see {long / 'log'}")
-                trainer = 0
             if now > next_report:
                 report(soak, long, now - begun, out)
                 next_report = now + 30.0
             time.sleep(0.5)
-        for process, folder in ((trainer, long), (victim, short)):
-            if process:
-                os.kill(process, signal.SIGTERM)
-                status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-                ended(soak, status, folder, (143, -15))
-    check_checkpoints(soak, long)
+        for folder in list(soak.running):
+            stop(soak, folder, signal.SIGTERM)
     return report(soak, long, time.monotonic() - begun, out)
 
 
@@ -278,6 +237,7 @@ def main() -> int:
         "--folder", type=Path, default=None, help="where the trainings are left to be looked at"
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Imported once; each training is a fork of this process.
     import v2flow.cli_training
     import v2flow.training.tokenizer_module  # noqa: F401

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL.WebPImagePlugin  # noqa: F401  (to look for a format that it lacks, Pillow would import them all)
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000

@@ -88,8 +88,11 @@ class _Workers:
             try:
                 batches = iter(self._loader)
                 _leave_dead_workers_to_us()
-                for batch in batches:
+                while done < len(requests):
+                    batch = next(batches)
                     done, deaths = done + 1, 0
+                    if done == len(requests):  # Lightning asks for no more: now they end, unless persistent
+                        del batches
                     yield batch
                 return
             except (RuntimeError, OSError, EOFError) as error:

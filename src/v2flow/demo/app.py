@@ -1,7 +1,7 @@
 """The page of `v2flow demo`, in Gradio. It asks nothing of other hosts, and no `share` link is ever made."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Page:
 
     def __init__(self, session: Session, max_upload: int) -> None:
         self.session, self.max_upload = session, max_upload
+        self.preset = dict(presets_of(session.tokenizer).get("best", {}))
         self.title = f"V2Flow, {session.tokenizer.num_tokens} tokens"
 
     def build(self) -> gr.Blocks:
@@ -57,7 +58,7 @@ class Page:
             label=f"Picture: JPEG, PNG or WebP, up to {self.max_upload} MB", elem_id="upload",
             file_types=[".jpg", ".jpeg", ".png", ".webp"], height=140,
         )  # fmt: skip
-        sliders = decode_sliders(self.session.tokenizer)
+        sliders = decode_sliders(self.session.tokenizer, self.preset)
         gr.Markdown(HINT)
         seed = seed_field()
         button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
@@ -81,7 +82,7 @@ class Page:
             guidance = gr.Slider(1, 10, 2, step=0.1, label="Guidance of the LLM", elem_id="llm-guidance")
             temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature of the LLM")
         with gr.Accordion("How tokens become pixels", open=False):
-            sliders = decode_sliders(self.session.text_to_image.tokenizer, one_step=True)
+            sliders = decode_sliders(self.session.text_to_image.tokenizer, {"temperature": 0.0})
         seed = seed_field()
         button = gr.Button("Draw", variant="primary", elem_id="draw")
         status = gr.HTML(elem_id="draw-status")
@@ -109,7 +110,7 @@ class Page:
         if reading is None:
             yield message("Choose a picture first.", mistake=True), ""
             return
-        options = decode_settings(*sliders)
+        options = self.preset | decode_settings(*sliders)
         try:
             beside = self.session.reconstruct_by_baseline(reading)
             others = [] if beside is None else [self._result(reading, beside, self._baseline_title())]
@@ -170,13 +171,12 @@ def progress(frame: Frame, options: dict[str, Any], title: str) -> str:
     return figure(frame.picture, title, note)
 
 
-def decode_sliders(tokenizer: Any, one_step: bool = False) -> list[gr.Slider]:
+def decode_sliders(tokenizer: Any, chosen: Mapping[str, Any]) -> list[gr.Slider]:
     """Sliders for steps, iterations, noise and, where it was trained, guidance, in the order of `decode_settings`.
 
     Args:
-        one_step: start at one step without noise; else at the tokenizer's preset `best`.
+        chosen: options of `decode` that they start at.
     """
-    chosen = {"temperature": 0.0} if one_step else dict(presets_of(tokenizer).get("best", {}))
     start = DecodeOptions(**chosen)
     positions = tokenizer.latent_grid[0] * tokenizer.latent_grid[1]
     with gr.Row():

@@ -69,9 +69,9 @@ def frames(
             if isinstance(item, BaseException):
                 raise item
             yield item
-            time.sleep(0 if item.done else pause)
             if item.done:
                 return
+            time.sleep(pause)
     finally:
         worker.stop.set()
 

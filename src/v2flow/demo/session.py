@@ -110,6 +110,10 @@ class Session:
         try:
             # Not by every decoder of Pillow's: some of those run other programs on what a stranger sent.
             image = decode_image(Path(path).read_bytes())
+        except OSError as error:
+            raise V2FlowError(
+                f"{path}: cannot be read ({error.strerror}); expected a picture file"
+            ) from error
         except BadSampleError as error:
             raise V2FlowError(f"{name}: expected a JPEG, PNG or WebP picture, found: {error}") from error
         pixels = square_crop(image, self.tokenizer.config.image_size)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from v2flow.errors import V2FlowError
 from v2flow.hub import local_folder
+from v2flow.t2i.compatibility import write_old_places
 from v2flow.t2i.extension import EOI, find_visual_tokens
 from v2flow.t2i.model_card import base_name, model_card
 from v2flow.t2i.visual_rows import merge
@@ -49,6 +50,7 @@ class PretrainedTextToImage(
         )  # fmt: skip
         llm.save_pretrained(save_directory)
         words.save_pretrained(save_directory)
+        write_old_places(save_directory, words)
         model.tokenizer.save_pretrained(save_directory / TOKENIZER)
         document = {"model_type": MODEL_TYPE, "max_caption": model.max_caption, "base": base_name(model)}
         (save_directory / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n")

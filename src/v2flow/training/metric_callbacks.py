@@ -9,18 +9,36 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.callbacks import WeightAveraging
+from tqdm import tqdm
 
 from v2flow.decode_modes import select_modes
 from v2flow.errors import V2FlowError
-from v2flow.evaluate import describe_shards, evaluation_loader, make_report, run_evaluator
+from v2flow.evaluate import evaluation_loader, make_report, run_evaluator
 from v2flow.images import save_grid
 from v2flow.metrics.evaluator import ReconstructionEvaluator
 from v2flow.metrics.features import FeatureNetworks, load_networks
-from v2flow.metrics.files import append_json_line, write_json
+from v2flow.metrics.files import write_json
 from v2flow.metrics.floors import data_floors
+from v2flow.training.logged_pictures import (
+    TokenEntropies,
+    code_counts,
+    log_histogram,
+    log_picture,
+    takes_pictures,
+    tile,
+    usage_map,
+)
+from v2flow.training.run_files import (
+    describe_data,
+    grid_file,
+    is_dry_run,
+    log_directory,
+    record_validation,
+    scored_checkpoint,
+    shows_progress,
+    written_checkpoints,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,9 @@ class ReconstructionCallback(Callback):
     each mode, `val/codebook_usage`, `val/codebook_perplexity`, with `features` also the feature distances (KID with its
     standard error), and `val/psnr`, the psnr of the first mode, for ModelCheckpoint to monitor; a validation's figures
     are also a line of LOGDIR/validation.jsonl. A grid, originals in the first row and each mode beneath, goes to
-    TensorBoard and to LOGDIR/grids/step-XXXXXX.png.
+    LOGDIR/grids/step-XXXXXX.png and, with TensorBoard or W&B, is shown as `val/grid`. They also show
+    `val/codebook_usage_map`, how often each code was used (see `usage_map`), and, of a tokenizer with a vocabulary,
+    `val/token_entropy_histogram`, the entropies of the tokens' distributions over words, in nats.
 
     When training ends, the validation set (as far as `limit_val_batches` lets it) is scored in all modes of
     the module, by the code of `v2flow evaluate`, with the averaged weights if a weight-averaging callback is
@@ -61,7 +81,7 @@ class ReconstructionCallback(Callback):
         final_features: feature distances at the end.
         floors: at the end, also the rows of the mean training picture and the nearest training picture (one
             process and a data module with shards only).
-        grid_images: pictures in a grid; 0 for no grids.
+        grid_images: pictures in a grid, and in the histogram of entropies; 0 for neither.
         seed: seed of the decoding noise.
     """
 
@@ -83,6 +103,7 @@ class ReconstructionCallback(Callback):
         self.grid_images = grid_images
         self.seed = seed
         self._evaluator: Optional[ReconstructionEvaluator] = None
+        self._entropies = TokenEntropies(0)
         self._networks: Optional[FeatureNetworks] = None
         self._result: Optional[FinalResult] = None
 
@@ -125,7 +146,10 @@ class ReconstructionCallback(Callback):
                 networks=self._networks,
                 grid_images=self.grid_images,
             )
+            shown = trainer.is_global_zero and takes_pictures(trainer)
+            self._entropies = TokenEntropies(self.grid_images if shown else 0)
         self._evaluator.update(batch, batch_idx)
+        self._entropies.update(pl_module.model, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures. The model is not run, so averaged weights may be swapped out before or after."""
@@ -156,16 +180,20 @@ class ReconstructionCallback(Callback):
         for name, value in figures.items():
             # Equal on every rank: the synchronising mean changes nothing.
             pl_module.log(f"{stage}/{name}", value, prog_bar=name == "psnr", sync_dist=True, batch_size=1)
-        directory = log_directory(trainer)
         if stage == "val":
             record_validation(trainer, figures)
-        if self.grid_images > 0 and trainer.is_global_zero and not is_dry_run(trainer):
-            name = "test" if stage == "test" else f"step-{trainer.global_step:06d}"
-            path = directory / "grids" / f"{name}.png"
-            grid = self._evaluator.grid()
-            save_grid([row.float() / 255.0 for row in grid.values()], path)
-            _log_grid(trainer, stage, grid)
+        self._show(stage, trainer, self._evaluator)
         self._evaluator = None
+
+    def _show(self, stage: str, trainer: Trainer, evaluator: ReconstructionEvaluator) -> None:
+        """Pictures, for the loggers that take them, and the grid's file."""
+        directory = log_directory(trainer)
+        if self.grid_images > 0 and trainer.is_global_zero and not is_dry_run(trainer):
+            grid = evaluator.grid()
+            save_grid([row.float() / 255.0 for row in grid.values()], grid_file(trainer, directory, stage))
+            log_picture(trainer, f"{stage}/grid", tile(list(grid.values())))
+        log_picture(trainer, f"{stage}/codebook_usage_map", usage_map(code_counts(evaluator)))
+        log_histogram(trainer, f"{stage}/token_entropy_histogram", self._entropies.values())
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Scores everything while the model is still on its device."""
@@ -183,7 +211,7 @@ class ReconstructionCallback(Callback):
                 grid_images=self.grid_images,
                 max_batches=limit,
                 device=pl_module.device,
-                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+                progress=shows_progress(trainer),
             )
             figures = evaluator.compute()
         figures["protocol"] = describe_data(trainer) | figures["protocol"]
@@ -220,7 +248,15 @@ class ReconstructionCallback(Callback):
             num_workers=shards.num_workers,
             allow_pipe=shards.allow_pipe,
         )
-        return data_floors(train, loader, features=self.final_features, device=device)
+        bar = tqdm(
+            train,
+            "training pictures",
+            unit="batch",
+            disable=not shows_progress(trainer),
+            delay=2.0,
+            leave=False,
+        )
+        return data_floors(bar, loader, features=self.final_features, device=device)
 
 
 @contextmanager
@@ -240,27 +276,6 @@ def averaged_weights(trainer: Trainer, pl_module: Any) -> Iterator[str]:
             callback.on_validation_epoch_end(trainer, pl_module)
 
 
-def log_directory(trainer: Trainer) -> Path:
-    """The logger's folder, else the trainer's root; every rank must call it (it is broadcast)."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def record_validation(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """Adds a validation's figures to LOGDIR/validation.jsonl; every rank must call it."""
-    directory = log_directory(trainer)
-    if trainer.is_global_zero and not is_dry_run(trainer):
-        append_json_line(directory / "validation.jsonl", {"step": trainer.global_step, **figures})
-
-
-@rank_zero_only
-def _log_grid(trainer: Trainer, stage: str, grid: dict[str, torch.Tensor]) -> None:
-    """All rows of the grid as one picture [3, rows·H, n·W] in TensorBoard."""
-    rows = [torch.cat(list(row), dim=2) for row in grid.values()]
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(f"{stage}/grid", torch.cat(rows, dim=1), trainer.global_step)
-
-
 def _validation_loader(trainer: Trainer) -> Optional[Iterable[Mapping[str, Any]]]:
     """The loader that the trainer validates on, or None if there is no single one."""
     loader = trainer.val_dataloaders
@@ -274,41 +289,3 @@ def _validation_batches(trainer: Trainer) -> Optional[int]:
     batches = trainer.num_val_batches
     count = sum(batches) if isinstance(batches, list) else batches
     return None if count == float("inf") else int(count)
-
-
-def is_dry_run(trainer: Trainer) -> bool:
-    """Whether the trainer only tries out a few batches (`fast_dev_run`)."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def describe_data(trainer: Trainer) -> dict[str, Any]:
-    """The validation data, as the protocol beside the figures names it."""
-    shards = getattr(getattr(trainer, "datamodule", None), "val", None)
-    return (describe_shards(shards) if shards else {}) | {
-        "split": "val",
-        "limit_val_batches": trainer.limit_val_batches,
-    }
-
-
-def written_checkpoints(trainer: Trainer) -> dict[str, str]:
-    """The best and the last checkpoint, as far as they were written."""
-    best = last = ""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            if callback.monitor is not None:
-                best = callback.best_model_path or best
-            # Without a monitor Lightning calls the newest checkpoint its best.
-            newest = callback.best_model_path if callback.monitor is None else ""
-            last = callback.last_model_path or newest or last
-    return {name: path for name, path in (("best checkpoint", best), ("last checkpoint", last)) if path}
-
-
-def scored_checkpoint(trainer: Trainer) -> str:
-    """The checkpoint written at the last step, which holds the weights just scored; "" if there is none.
-
-    `last.ckpt` need not be it: with a monitor Lightning writes it only when the monitored value improves.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "_last_global_step_saved", None) == trainer.global_step:
-            return str(getattr(callback, "_last_checkpoint_saved", ""))
-    return ""

@@ -2,9 +2,11 @@
 
 from typing import Any, Optional
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from v2flow.errors import V2FlowError
+from v2flow.images import GRID_COLUMNS, GRID_PICTURES
 from v2flow.metrics.files import write_json
 from v2flow.metrics.scene_verifier import score_scenes
 from v2flow.t2i.generation import GenerationOptions
@@ -13,13 +15,16 @@ from v2flow.t2i.metrics.retrieval import retrieval_accuracy
 from v2flow.t2i.metrics.rows import Drawing
 from v2flow.t2i.metrics.samples import CaptionedSamples, read_samples
 from v2flow.t2i.metrics.training_set import open_training_set
-from v2flow.training.metric_callbacks import (
-    averaged_weights,
+from v2flow.training.logged_pictures import log_picture, tile
+from v2flow.training.metric_callbacks import averaged_weights
+from v2flow.training.run_files import (
     describe_data,
+    grid_file,
     is_dry_run,
     log_directory,
     record_validation,
     scored_checkpoint,
+    shows_progress,
     written_checkpoints,
 )
 
@@ -29,15 +34,17 @@ class TextToImageCallback(Callback):
 
     At every validation, and under `test/` in `v2flow test`: `val/retrieval` (with `val/retrieval_se`), and with
     `shapes_pictures` `val/shapes/TASK` and `val/shapes/overall` of the first captions; a validation's figures, with the
-    module's own losses and text perplexity, are also a line of LOGDIR/validation.jsonl. When training ends, the
-    validation shards are scored by the code of `v2flow evaluate`, with the averaged weights if a weight-averaging
-    callback is there, beside ids drawn from the marginal of the training shards. Every rank computes the same; sanity
-    checking is skipped; fast_dev_run leaves no files.
+    module's own losses and text perplexity, are also a line of LOGDIR/validation.jsonl. Pictures of the first captions
+    go to LOGDIR/grids/step-XXXXXX.png, with the captions beside it as .txt, and with TensorBoard or W&B are shown as
+    `val/generated`. When training ends, the validation shards are scored by the code of `v2flow evaluate`, with the
+    averaged weights if a weight-averaging callback is there, beside ids drawn from the marginal of the training shards.
+    Every rank computes the same; sanity checking is skipped; fast_dev_run leaves no files.
 
     Args:
         retrieval_pictures: pictures of the validation shards whose captions are to be found at each validation.
         ways: captions among which they are to be found.
         shapes_pictures: captions that are drawn and verified at each validation; 0 for none. Needs scenes.
+        grid_images: captions that are drawn and shown at each validation, the first ones; 0 for none, at most 64.
         final_pictures: captions that are drawn at the end.
         final_retrieval_pictures: pictures whose captions are to be found at the end.
         final_features: feature distances and CLIPScore at the end.
@@ -51,6 +58,7 @@ class TextToImageCallback(Callback):
         retrieval_pictures: int = 64,
         ways: int = 16,
         shapes_pictures: int = 0,
+        grid_images: int = 8,
         final_pictures: int = 256,
         final_retrieval_pictures: int = 256,
         final_features: bool = True,
@@ -62,20 +70,24 @@ class TextToImageCallback(Callback):
             ("retrieval_pictures", retrieval_pictures, 1),
             ("ways", ways, 2),
             ("shapes_pictures", shapes_pictures, 0),
+            ("grid_images", grid_images, 0),
             ("final_pictures", final_pictures, 1),
             ("final_retrieval_pictures", final_retrieval_pictures, 1),
         ):
             if value < least:
                 raise V2FlowError(f"option {name}: expected at least {least}, found {value}")
+        if grid_images > GRID_PICTURES:
+            raise V2FlowError(f"option grid_images: expected at most {GRID_PICTURES}, found {grid_images}")
         self.retrieval_pictures = retrieval_pictures
         self.ways = ways
         self.shapes_pictures = shapes_pictures
+        self.grid_images = grid_images
         self.final_pictures = final_pictures
         self.final_retrieval_pictures = final_retrieval_pictures
         self.final_features = final_features
         self.drawing = Drawing(vars(sampling), batch_size=batch_size, seed=seed)
         self._samples: dict[str, CaptionedSamples] = {}
-        self._figures: Optional[dict[str, float]] = None
+        self._found: Optional[TextToImageEvaluation] = None  # of this validation or test
         self._result: Optional[TextToImageEvaluation] = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -116,7 +128,7 @@ class TextToImageCallback(Callback):
     ) -> None:  # fmt: skip
         """Scores once a validation, while averaged weights, if any, are swapped in."""
         if batch_idx == 0 and not trainer.sanity_checking and "val" in self._samples:
-            self._figures = self._score(pl_module.model, self._samples["val"])
+            self._found = self._score(pl_module.model, self._samples["val"])
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
@@ -124,43 +136,54 @@ class TextToImageCallback(Callback):
     ) -> None:  # fmt: skip
         """Scores once a test."""
         if batch_idx == 0 and "test" in self._samples:
-            self._figures = self._score(pl_module.model, self._samples["test"])
+            self._found = self._score(pl_module.model, self._samples["test"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Logs the figures."""
-        self._log("val", pl_module)
+        """Logs the figures and pictures."""
+        self._log("val", trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the validation's line: by now the module's own figures are there as well."""
-        if self._figures is None:
+        if self._found is None:
             return
         own = {
             name.removeprefix("val/"): value.item()
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/") and value.isfinite()  # strict JSON has no other numbers
         }
-        record_validation(trainer, own | self._figures)
-        self._figures = None
+        record_validation(trainer, own | self._found.report)
+        self._found = None
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Logs the figures."""
-        self._log("test", pl_module)
-        self._figures = None
+        """Logs the figures and pictures."""
+        self._log("test", trainer, pl_module)
+        self._found = None
 
-    def _score(self, model: Any, samples: CaptionedSamples) -> dict[str, float]:
+    def _score(self, model: Any, samples: CaptionedSamples) -> TextToImageEvaluation:
         found = retrieval_accuracy(model, samples, self.ways, self.drawing.seed, self.retrieval_pictures)
         figures = {"retrieval": found["accuracy"], "retrieval_se": found["accuracy_se"]}
-        if self.shapes_pictures and samples.scenes is not None:
-            few = samples.first(self.shapes_pictures)
-            scores = score_scenes(self.drawing.draw(model, few.captions), few.scenes or [])
+        few = samples.first(max(self.shapes_pictures, self.grid_images))
+        drawn = self.drawing.draw(model, few.captions) if len(few) else torch.empty(0)
+        if self.shapes_pictures and few.scenes is not None:
+            scores = score_scenes(drawn[: self.shapes_pictures], few.scenes[: self.shapes_pictures])
             figures |= {f"shapes/{task}": score for task, score in scores.items()}
-        return figures
+        shown = slice(self.grid_images)
+        return TextToImageEvaluation(figures, list(few.captions[shown]), drawn[shown])
 
-    def _log(self, stage: str, pl_module: Any) -> None:
-        for name, value in (self._figures or {}).items():
+    def _log(self, stage: str, trainer: Trainer, pl_module: Any) -> None:
+        found = self._found
+        if found is None:
+            return
+        directory = log_directory(trainer)
+        for name, value in found.report.items():
             # Equal on every rank: the synchronising mean changes nothing.
             pl_module.log(
                 f"{stage}/{name}", value, prog_bar=name == "retrieval", sync_dist=True, batch_size=1
+            )
+        if found.captions and trainer.is_global_zero and not is_dry_run(trainer):
+            found.save_grid(grid_file(trainer, directory, stage))
+            log_picture(
+                trainer, f"{stage}/generated", tile(found.pictures.split(GRID_COLUMNS)), found.captions
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -181,7 +204,7 @@ class TextToImageCallback(Callback):
                 training=open_training_set(data.train, model.tokenizer, data.num_workers, data.allow_pipe),
                 perplexity_before=pl_module.perplexity_before,
                 protocol=describe_data(trainer) | {"weights": weights},
-                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+                progress=shows_progress(trainer),
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
