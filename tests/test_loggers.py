@@ -204,7 +204,9 @@ def test_wandb_has_captions_beneath_their_pictures(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(offline=True, save_dir=tmp_path)
-    log_picture(Trainer(accelerator="cpu", logger=logger), "val/generated", usage_map(torch.ones(4)), CAPTIONS[:2])
+    log_picture(
+        Trainer(accelerator="cpu", logger=logger), "val/generated", usage_map(torch.ones(4)), CAPTIONS[:2]
+    )
     wandb.finish()
     (run,) = tmp_path.glob("wandb/offline-run-*")
     assert recorded(run, "; ".join(CAPTIONS[:2]))

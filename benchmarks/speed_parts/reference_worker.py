@@ -178,7 +178,7 @@ def _share(part: torch.nn.Module, source: torch.nn.Module) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this program held. (`ru_maxrss` would also count what the process held before it ran this program.)"""
+    """Most memory this program held; `ru_maxrss` would count what the process held before it as well."""
     if not STATUS.is_file():
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -131,7 +131,7 @@ def _pictures(
     from v2flow.training.module import seeded_generator
 
     draws, noise = (seeded_generator(torch.device("cpu"), options.seed, purpose) for purpose in (0, 1))
-    with tqdm(desc="draw", total=len(captions), unit="picture", delay=2.0, leave=False) as bar:
+    with tqdm(desc="draw", total=len(captions), unit="picture", delay=2.0, leave=False, disable=None) as bar:
         for start in range(0, len(captions), options.batch_size):
             part = captions[start : start + options.batch_size]
             ids = generate_ids(model, part, batch_size=options.batch_size, generator=draws, **how)

@@ -126,7 +126,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
     hardware = _hardware(options)
     plans: list[tuple[str, Plan]] = []
-    with tqdm(desc="plan", total=2 * len(paths), unit="part", delay=2.0, leave=False) as bar:
+    with tqdm(desc="plan", total=2 * len(paths), unit="part", delay=2.0, leave=False, disable=None) as bar:
         for path in paths:
             experiment = read_experiment(path, options.set)
             bar.update()

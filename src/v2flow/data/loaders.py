@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from v2flow.data.batches import Batch, EvaluationBatches, Request, TrainBatches, too_many
@@ -207,10 +206,8 @@ class TrainLoader:
         return [Request(epoch, first + self.rank * self.batch_size, self.batch_size) for first in firsts]
 
     def _set(self, epoch: int, start: int) -> None:
-        self._epoch = epoch
-        self._start = start
-        self._handed_out = 0
-        self._base = 0
+        self._epoch, self._start = epoch, start
+        self._handed_out = self._base = 0
 
     def _tracker(self) -> Any:
         return self._progress() if self._progress is not None else None
@@ -299,5 +296,4 @@ class EvaluationLoader:
         requests = [Request(0, (i * self._ranks + self._rank) * size, size) for i in range(len(self))]
         workers = _Workers(self.batches, self._num_workers, self._max_bad, persistent=False)
         for batch in workers.run(requests):
-            valid: Tensor = batch.valid
-            yield _as_dict(batch) | {"valid": valid}
+            yield _as_dict(batch) | {"valid": batch.valid}
