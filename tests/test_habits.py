@@ -106,8 +106,8 @@ def test_hooks_are_the_commands_of_make_lint_and_what_it_installs() -> None:
 
 def test_large_files_are_stopped(tmp_path: Path) -> None:
     small, large = tmp_path / "small.png", tmp_path / "large.png"
-    small.write_bytes(bytes(1_000_000))
-    large.write_bytes(bytes(1_000_001))
+    small.write_bytes(bytes(2_000_000))
+    large.write_bytes(bytes(2_000_001))
     assert run_hook("large-files", small).returncode == 0
     stopped = run_hook("large-files", small, large)
     assert stopped.returncode == 1 and "large.png" in stopped.stderr and "small.png" not in stopped.stderr
@@ -118,7 +118,7 @@ def test_no_file_of_ours_is_large() -> None:
     files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.is_file()]
     kept = [path for path in files if not {"_build", "__pycache__"} & set(path.parts)]
     assert len(kept) > 300
-    assert not [str(path) for path in kept if path.stat().st_size > 1_000_000]
+    assert not [str(path) for path in kept if path.stat().st_size > 2_000_000]
 
 
 def test_outputs_of_notebooks_are_stopped() -> None:
