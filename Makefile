@@ -11,6 +11,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 V2FLOW := $(PY) -m v2flow
+# One thread each: most tests are too small for more, and a file's fixtures are made once.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(PROCESSES) --dist loadfile
 NAME := $(basename $(notdir $(EXPERIMENT)))
 
 # The default pictures are built only for an experiment that reads them; their manifest is written last.
@@ -96,9 +98,8 @@ demo: checkpoint-exists $(VENV)/.installed-demo
 benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
 
-# One thread each: most tests are too small for more, and a file's fixtures are made once.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(PROCESSES) --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # Trainings are killed at random moments and resumed; a seed is drawn and printed (ARGS="--seed N" repeats it).
 test-faults: $(VENV)/.installed-test
@@ -113,8 +114,7 @@ test-gpu: $(VENV)/.installed-test
 
 # Lines and branches, those of commands that tests start included; what is measured is said in pyproject.toml.
 coverage: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(PROCESSES) --dist loadfile \
-	  --cov --cov-report=term --cov-report=html $(ARGS)
+	$(PYTEST) --cov --cov-report=term --cov-report=html $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(PY) -m ruff check .

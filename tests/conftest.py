@@ -68,3 +68,18 @@ def shared_data() -> Path:
 def tiny_vocabulary() -> VocabularyConfig:
     """64 random rows of width 16: as quick as a vocabulary can be."""
     return VocabularyConfig(source="random", size=64, dim=16)
+
+
+@pytest.fixture
+def slurm_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the test job 77 of SLURM, in `tmp_path`; gives the file that gets the words of `scontrol`."""
+    command = tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/requeued"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+    job = {"JOB_ID": "77", "JOB_NAME": "train", "NTASKS": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "requeued"

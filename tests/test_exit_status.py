@@ -121,19 +121,10 @@ def test_status_130_of_trainings(
 
 
 def test_status_138_after_slurm_has_been_asked_to_run_the_job_again(
-    shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: dict[str, str], tmp_path: Path, slurm_requests: Path
 ) -> None:
-    command = tmp_path / "bin" / "scontrol"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/requeued"\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
-    job = {"JOB_ID": "77", "JOB_NAME": "train", "NTASKS": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
-    for name, value in job.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.chdir(tmp_path)
     assert stopped_by(signal.SIGUSR1, shards, tmp_path) == 138
-    assert (tmp_path / "requeued").read_text().split() == ["requeue", "77"]
+    assert slurm_requests.read_text().split() == ["requeue", "77"]
 
 
 def test_status_141_when_the_reader_has_gone(

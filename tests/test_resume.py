@@ -186,24 +186,15 @@ def test_a_training_without_validation_is_lengthened(toys: dict[str, Any], tmp_p
 
 
 def test_slurm_is_told_to_run_the_job_again(
-    toys: dict[str, Any], whole: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    toys: dict[str, Any], whole: list[str], tmp_path: Path, slurm_requests: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Lightning's own handler saves and requeues, but between two steps; the next job finds the checkpoint itself."""
-    command = tmp_path / "bin" / "scontrol"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/requeued"\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
-    job = {"JOB_ID": "77", "JOB_NAME": "train", "NTASKS": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
-    for name, value in job.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.chdir(tmp_path)
     path = variant(toys, tmp_path, 0)
     with pytest.raises(SystemExit) as stopped:
         fit(path, at=("batch_start", 8, int(signal.SIGUSR1)))
     assert stopped.value.code == 128 + signal.SIGUSR1
-    assert (tmp_path / "requeued").read_text().split() == ["requeue", "77"]
+    assert slurm_requests.read_text().split() == ["requeue", "77"]
     assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 3
     assert "saved a checkpoint for SLURM" in capfd.readouterr().err
     fit(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+UNSAFE = ("numpy.lib.npyio.load", "torch.package.PackageImporter", "torch.jit.load")
 NUMPY = ("load", "fromfile")
 YAML = ("load", "load_all", "unsafe_load", "unsafe_load_all", "full_load", "full_load_all")
 BUILTINS = ("eval", "exec", "compile", "__import__")
@@ -46,7 +47,7 @@ def unsafe(call: ast.Call, names: dict[str, str]) -> str | None:
         return "torch.load without weights_only=True"
     if function == "load_from_checkpoint" and argument(call, "weights_only") is not True:
         return "load_from_checkpoint without weights_only=True"
-    if module in MODULES or name in ("torch.package.PackageImporter", "torch.jit.load"):
+    if module in MODULES or name in UNSAFE:
         return f"{name} runs what a file says"
     if module == "numpy" and function in NUMPY and argument(call, "allow_pickle") is not False:
         return f"{name} without allow_pickle=False"
@@ -75,7 +76,8 @@ def unsafe_calls(source: str) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("folder", ["src", "benchmarks"])
 def test_no_call_runs_what_a_file_says(repository: Path, folder: str) -> None:
     found = {path: unsafe_calls(path.read_text()) for path in sorted((repository / folder).rglob("*.py"))}
-    assert sum(count for count, _ in found.values()) > 300, "the source was read"
+    calls = sum(count for count, _ in found.values())
+    assert calls > (1000 if folder == "src" else 300), "the source was read"
     assert {path: wrong for path, (_, wrong) in found.items() if wrong} == {}
 
 

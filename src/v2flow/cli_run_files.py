@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from v2flow.metrics.files import write_json
-from v2flow.training.run_files import log_directory
+from v2flow.training.run_files import log_directory, logged_figures
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -32,13 +32,8 @@ class RunConfigCallback(SaveConfigCallback):
 
 
 def write_figures(trainer: Trainer, path: str | None) -> None:
-    """Writes the step and the figures logged last, `{"step": …, "figures": {"val/psnr": …}}`; without a path, nothing.
-
-    A figure that is not finite is left out: strict JSON has no word for it.
-    """
+    """Writes step and figures logged last, `{"step": …, "figures": {"val/psnr": …}}`; without a path, nothing."""
     if path is None or not trainer.is_global_zero:
         return
-    figures = {
-        name: value.item() for name, value in sorted(trainer.callback_metrics.items()) if value.isfinite()
-    }
+    figures = dict(sorted(logged_figures(trainer).items()))
     write_json(path, {"step": trainer.global_step, "figures": figures})

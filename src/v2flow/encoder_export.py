@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from v2flow.encoding import nearest_codes
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_atomically
 from v2flow.tokenizer import V2FlowTokenizer, inference
@@ -67,7 +68,7 @@ class EncoderProgram(nn.Module):
         """Pictures `[B, 3, S, S]` in [0, 1] to ids `[B, N]`."""
         queries = self.query(self.encoder(self.codec.encode(images).double()))
         embeddings = queries if self.config.readout == "none" else self._embeddings(queries)
-        return (F.normalize(embeddings, dim=-1) @ self.codes.double().T).argmax(-1)
+        return nearest_codes(embeddings, self.codes)[0]
 
     def _embeddings(self, queries: Tensor) -> Tensor:
         """Embeddings `[B, N, D]` of the resampler, without noise, from its queries `[B, N, d]`."""

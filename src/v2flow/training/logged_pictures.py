@@ -112,7 +112,11 @@ class TokenEntropies:
 
         A model without such distributions, as a baseline or with readout=none, has no entropies.
         """
-        if not isinstance(model, V2FlowTokenizer) or model.config.resampler.readout == "none":
+        if (
+            not self.left
+            or not isinstance(model, V2FlowTokenizer)
+            or model.config.resampler.readout == "none"
+        ):
             return
         images: Tensor = batch["image"]
         if "valid" in batch:

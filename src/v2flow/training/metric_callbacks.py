@@ -192,8 +192,9 @@ class ReconstructionCallback(Callback):
             grid = evaluator.grid()
             save_grid([row.float() / 255.0 for row in grid.values()], grid_file(trainer, directory, stage))
             log_picture(trainer, f"{stage}/grid", tile(list(grid.values())))
-        log_picture(trainer, f"{stage}/codebook_usage_map", usage_map(code_counts(evaluator)))
-        log_histogram(trainer, f"{stage}/token_entropy_histogram", self._entropies.values())
+        if takes_pictures(trainer):  # counts are summed over the ranks: not for nobody
+            log_picture(trainer, f"{stage}/codebook_usage_map", usage_map(code_counts(evaluator)))
+            log_histogram(trainer, f"{stage}/token_entropy_histogram", self._entropies.values())
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Scores everything while the model is still on its device."""

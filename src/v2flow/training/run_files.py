@@ -34,6 +34,11 @@ def record_validation(trainer: Trainer, figures: Mapping[str, float]) -> None:
         append_json_line(directory / "validation.jsonl", {"step": trainer.global_step, **figures})
 
 
+def logged_figures(trainer: Trainer) -> dict[str, float]:
+    """The figures logged last, by name, without those that are not finite: strict JSON has no word for them."""
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if value.isfinite()}
+
+
 def grid_file(trainer: Trainer, directory: Path, stage: str) -> Path:
     """Where a grid goes: DIRECTORY/grids/step-XXXXXX.png of a validation, test.png of a test."""
     name = "test" if stage == "test" else f"step-{trainer.global_step:06d}"

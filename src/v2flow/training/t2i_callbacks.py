@@ -22,6 +22,7 @@ from v2flow.training.run_files import (
     grid_file,
     is_dry_run,
     log_directory,
+    logged_figures,
     record_validation,
     scored_checkpoint,
     shows_progress,
@@ -147,9 +148,9 @@ class TextToImageCallback(Callback):
         if self._found is None:
             return
         own = {
-            name.removeprefix("val/"): value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/") and value.isfinite()  # strict JSON has no other numbers
+            name.removeprefix("val/"): value
+            for name, value in logged_figures(trainer).items()
+            if name.startswith("val/")
         }
         record_validation(trainer, own | self._found.report)
         self._found = None
