@@ -178,7 +178,7 @@ EXTRAS_t2i := cli,t2i
 EXTRAS_benchmark := cli,benchmark
 EXTRAS_demo := cli,t2i,demo
 EXTRAS_domains := cli,benchmark,domains
-EXTRAS_test := cli,test,t2i,benchmark
+EXTRAS_test := cli,test,t2i,demo,benchmark
 EXTRAS_lint := cli,test,t2i,benchmark,lint
 EXTRAS_docs := cli,t2i,benchmark,docs
 

@@ -162,33 +162,35 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_encode(options: argparse.Namespace) -> None:
     """`v2flow encode`."""
+    from v2flow.cli_progress import counted
     from v2flow.inference import LoadedModel, named_pictures, write_ids
 
     names = named_pictures(options.images)
     loaded = LoadedModel(options.checkpoint, options.weights)
-    ids = {name: loaded.encode(loaded.picture(path)) for name, path in names.items()}
+    ids = {name: loaded.encode(loaded.picture(path)) for name, path in counted(names.items(), "encode")}
     write_ids(options.out, ids)
     print(f"{len(ids)} pictures, {loaded.model.num_tokens} ids each: {options.out}")
 
 
 def run_decode(options: argparse.Namespace) -> None:
     """`v2flow decode`."""
+    from v2flow.cli_progress import counted
     from v2flow.images import save_image
     from v2flow.inference import LoadedModel, read_ids
 
     ids = read_ids(options.ids)
     loaded = LoadedModel(options.checkpoint, options.weights)
     how = loaded.decode_options(options.mode, chosen_decode_options(options))
-    pictures = {name: loaded.decode(row, how, (options.seed, i)) for i, (name, row) in enumerate(ids.items())}
-    for name, picture in pictures.items():
-        save_image(picture, options.out / f"{Path(name).stem}.png")
-    print(f"{len(pictures)} pictures: {options.out}")
+    for i, (name, row) in enumerate(counted(ids.items(), "decode")):
+        save_image(loaded.decode(row, how, (options.seed, i)), options.out / f"{Path(name).stem}.png")
+    print(f"{len(ids)} pictures: {options.out}")
 
 
 def run_reconstruct(options: argparse.Namespace) -> None:
     """`v2flow reconstruct`."""
     import torch
 
+    from v2flow.cli_progress import counted
     from v2flow.images import save_grid, save_image
     from v2flow.inference import LoadedModel, named_pictures, picture_psnr
     from v2flow.metrics.files import write_json
@@ -197,14 +199,13 @@ def run_reconstruct(options: argparse.Namespace) -> None:
     loaded = LoadedModel(options.checkpoint, options.weights)
     how = loaded.decode_options(options.mode, chosen_decode_options(options))
     originals = {name: loaded.picture(path) for name, path in names.items()}
-    results = {
-        name: loaded.decode(loaded.encode(picture), how, (options.seed, i))
-        for i, (name, picture) in enumerate(originals.items())
-    }
+    results = {}
+    for i, (name, picture) in enumerate(counted(originals.items(), "reconstruct")):
+        results[name] = loaded.decode(loaded.encode(picture), how, (options.seed, i))
+        save_image(results[name], options.out / f"{Path(name).stem}.png")
     figures = {name: picture_psnr(originals[name], result) for name, result in results.items()}
-    for name, result in results.items():
-        save_image(result, options.out / f"{Path(name).stem}.png")
-        print(f"{name}: psnr {figures[name]:.2f} dB")
+    for name, figure in figures.items():
+        print(f"{name}: psnr {figure:.2f} dB")
     if options.grid is not None:
         save_grid([torch.stack(list(originals.values())), torch.stack(list(results.values()))], options.grid)
     if options.json is not None:

@@ -17,7 +17,7 @@ from v2flow.demo.session import Reading, Session
 from v2flow.errors import V2FlowError
 
 HERE = Path(__file__).parent
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Of events that compute: one at a time."""
 KEEP = 600
 """Seconds after which an uploaded file is deleted."""
