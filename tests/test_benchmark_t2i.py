@@ -5,11 +5,14 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from PIL import Image
 from t2i_training_toys import Toys, toy_tokenizer
 from test_benchmark import results, run, write_suite
@@ -26,11 +29,13 @@ from v2flow.benchmark.tables import markdown_report
 from v2flow.cli import main
 from v2flow.cli_training import build_experiment
 from v2flow.data.scenes import TASKS
-from v2flow.data.shapes import build_shapes
+from v2flow.data.shapes import build_shapes, read_scenes, render
 from v2flow.data.tokens import build_tokens
 from v2flow.errors import V2FlowError
 from v2flow.images import read_picture, save_grid
 from v2flow.tokenizer import V2FlowTokenizer
+from v2flow.training.t2i_callbacks import TextToImageCallback
+from v2flow.training.token_data_module import TokenDataModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*_dataloader' does not have many workers",
@@ -134,6 +139,24 @@ def test_rows_are_trained_once_scored_and_reported(
     called.clear()
     assert run(suite) == 0 and called == []
     assert results(tmp_path) == [first, second]
+
+
+@pytest.mark.parametrize(("kept", "said"), [(6, "overall 100.0%"), (0, "overall 0.0%")])
+def test_the_ceiling_is_said_before_the_first_step(
+    toys: SceneToys, kept: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.datamodule = TokenDataModule(toys.shards("train"), toys.shards("val"))
+    tokenizer = V2FlowTokenizer.from_pretrained(toys.tokenizer)
+    true = torch.from_numpy(np.stack([render(scene) for scene in read_scenes(toys.shards("val"))[:6]]))
+    true = true.permute(0, 3, 1, 2) / 255.0
+    true[kept:] = 1.0
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, *noise, **options: true)
+    module: Any = SimpleNamespace(model=SimpleNamespace(tokenizer=tokenizer))
+    callback = TextToImageCallback(ways=4, shapes_pictures=6)
+    callback.setup(trainer, module, "fit")
+    callback.on_fit_start(trainer, module)
+    assert said in capsys.readouterr().out
 
 
 def check_report(folder: Path, rows: list[dict[str, Any]]) -> None:

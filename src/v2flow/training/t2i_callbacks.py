@@ -39,6 +39,7 @@ class TextToImageCallback(Callback):
     go to LOGDIR/grids/step-XXXXXX.png, with the captions beside it as .txt, and with TensorBoard or W&B are shown as
     `val/generated`. When training ends, the validation shards are scored by the code of `v2flow evaluate`, with the
     averaged weights if a weight-averaging callback is there, beside ids drawn from the marginal of the training shards.
+    With `shapes_pictures` the score of the tokenizer's own pictures, the ceiling, is printed before the first step.
     Every rank computes the same; sanity checking is skipped; fast_dev_run leaves no files.
 
     Args:
@@ -122,6 +123,16 @@ class TextToImageCallback(Callback):
                 f"option ways: expected at most {groups}, the groups of captions in data.{split}, found {self.ways}"
             )
         self._samples = {split: samples}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Says how many scenes the tokenizer keeps: the ceiling of this training, known before its first step."""
+        samples = self._samples.get("val")
+        if not self.shapes_pictures or samples is None or not shows_progress(trainer):
+            return
+        few = samples.first(self.shapes_pictures)
+        scores = score_scenes(self.drawing.pictures(pl_module.model.tokenizer, few.ids), few.scenes or [])
+        shares = ", ".join(f"{task} {share:.1%}" for task, share in scores.items())
+        print(f"v2flow: ceiling of the shapes score, the tokenizer's pictures of the true ids: {shares}")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
