@@ -4,6 +4,7 @@ What a caption does not say is free; what it says is recorded as demands, which 
 """
 
 import json
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +26,12 @@ COLOURS = {
 }
 """8-bit RGB on a white canvas."""
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
-SIZES = {"small": (8.25 / 32, 9.5 / 32), "large": (12.5 / 32, 14.0 / 32)}
-"""Shortest and longest diameter in sides of the canvas: 8 to 14 pixels of 32."""
+SIZES = {"small": 9 / 32, "large": 13 / 32}
+"""Diameters in sides of the canvas."""
 SIZE_EDGE = 11 / 32
+"""Between the two: how a verifier tells them apart."""
+STEP = 2 / 32
+"""Centres lie on a lattice of this pitch, so that a tokenizer's bits go to what captions say."""
 RELATIONS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
@@ -50,7 +54,7 @@ _SAID = {
 """Attributes beside the shape that a caption may name, by task."""
 _NUMBERS = ("one", "two", "three", "four")
 _MARGIN = 0.5 / 32
-_GAP = 2.0 / 32
+_GAP = 1.5 / 32
 
 
 @dataclass(frozen=True)
@@ -235,10 +239,6 @@ def _pick_two(rng: random.Random, options: Sequence[str]) -> tuple[str, str]:
     return first, _pick(rng, [option for option in options if option != first])
 
 
-def _between(rng: random.Random, low: float, high: float) -> float:
-    return low + (high - low) * rng.random()
-
-
 def _draw(task: str, rng: random.Random) -> tuple[tuple[Demand, ...], str | None, tuple[Demand, ...]]:
     """What a caption says, the relation, and all that is drawn: every attribute, said or not."""
     shapes, colours = _pick_two(rng, SHAPES), _pick_two(rng, tuple(COLOURS))
@@ -257,37 +257,29 @@ def _draw(task: str, rng: random.Random) -> tuple[tuple[Demand, ...], str | None
 def _place(kinds: Sequence[Demand], relation: str | None, rng: random.Random) -> tuple[Object, ...]:
     """One or two objects anywhere on the canvas, two side by side or one above the other with a gap between them."""
     if len(kinds) == 1:
-        size = _between(rng, *SIZES[str(kinds[0].size)])
-        return (_object(kinds[0], size, _anywhere(size, rng), _anywhere(size, rng)),)
+        return (_anywhere(kinds[0], rng),)
     side = relation or _pick(rng, tuple(RELATIONS))
     while True:
-        sizes = [_between(rng, *SIZES[str(kind.size)]) for kind in kinds]
-        spare = 1 - 2 * (REACH * sum(sizes) + _MARGIN) - _GAP
-        if spare >= 0:
-            break
-    if side in ("right", "below"):  # the second object comes first along the axis
-        sizes.reverse()
-    low, high = sorted((_between(rng, 0, spare), _between(rng, 0, spare)))
-    along = (
-        _MARGIN + REACH * sizes[0] + low,
-        _MARGIN + REACH * (2 * sizes[0] + sizes[1]) + _GAP + high,
-    )
-    while True:
-        across = [_anywhere(size, rng) for size in sizes]
+        first, second = (_anywhere(kind, rng) for kind in kinds)
+        along, across = second.x - first.x, second.y - first.y
+        if side in ("above", "below"):
+            along, across = across, along
+        if side in ("right", "below"):
+            along = -along
         # A relation that the caption names is clear: within 27 degrees of the axis.
-        if relation is None or abs(across[0] - across[1]) <= 0.5 * (along[1] - along[0]):
-            break
-    places = list(
-        zip(along, across, strict=True) if side in ("left", "right") else zip(across, along, strict=True)
-    )
-    if side in ("right", "below"):
-        sizes.reverse()
-        places.reverse()
-    return tuple(_object(kind, size, *place) for kind, size, place in zip(kinds, sizes, places, strict=True))
+        clear = relation is None or abs(across) <= 0.5 * along
+        if clear and along >= REACH * (first.size + second.size) + _GAP:
+            return first, second
 
 
-def _anywhere(size: float, rng: random.Random) -> float:
-    return _between(rng, _MARGIN + REACH * size, 1 - _MARGIN - REACH * size)
+def _anywhere(kind: Demand, rng: random.Random) -> Object:
+    reach = REACH * SIZES[str(kind.size)] + _MARGIN
+    return _object(kind, *(_on_lattice(reach, 1 - reach, rng) for _ in range(2)))
+
+
+def _on_lattice(low: float, high: float, rng: random.Random) -> float:
+    first, last = math.ceil(low / STEP), math.floor(high / STEP)
+    return STEP * (first + int(rng.random() * (last - first + 1)))
 
 
 def _quarters(kinds: Sequence[Demand], rng: random.Random) -> tuple[Object, ...]:
@@ -295,15 +287,14 @@ def _quarters(kinds: Sequence[Demand], rng: random.Random) -> tuple[Object, ...]
     quarters = sorted(((0, 0), (0, 1), (1, 0), (1, 1)), key=lambda _: rng.random())
     objects = []
     for kind, (right, low) in zip(kinds, quarters, strict=False):
-        size = _between(rng, *SIZES["small"])
-        outer, inner = REACH * size + _MARGIN, 0.5 - REACH * size - _GAP / 2
-        x, y = _between(rng, outer, inner), _between(rng, outer, inner)
-        objects.append(_object(kind, size, 1 - x if right else x, 1 - y if low else y))
+        reach = REACH * SIZES["small"]
+        x, y = (_on_lattice(reach + _MARGIN, 0.5 - reach - _GAP / 2, rng) for _ in range(2))
+        objects.append(_object(kind, 1 - x if right else x, 1 - y if low else y))
     return tuple(objects)
 
 
-def _object(kind: Demand, size: float, x: float, y: float) -> Object:
-    return Object(kind.shape, str(kind.colour), round(size, 5), round(x, 5), round(y, 5))
+def _object(kind: Demand, x: float, y: float) -> Object:
+    return Object(kind.shape, str(kind.colour), SIZES[str(kind.size)], x, y)
 
 
 def _caption(task: str, demands: Sequence[Demand], relation: str | None, rng: random.Random) -> str:
