@@ -34,6 +34,7 @@ from v2flow.errors import V2FlowError
 _KEPT = ("txt", "json", "cls")
 _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
+
 @dataclass(frozen=True)
 class _Job:
     """A shard of pictures to encode, and the shard of latents that it becomes."""
@@ -240,9 +241,7 @@ def _seal(out: Path, paths: Sequence[Path], build: Mapping[str, Any]) -> dict[st
 def _index(path: Path) -> ShardIndex:
     index = index_tar(path)
     with tarfile.open(path, "r:") as archive:
-        index.members[:, PLACE] = [
-            (m.offset_data, m.size) for m in archive if m.name.endswith(f".{MEMBER}")
-        ]
+        index.members[:, PLACE] = [(m.offset_data, m.size) for m in archive if m.name.endswith(f".{MEMBER}")]
     return index
 
 
