@@ -277,6 +277,7 @@ def test_neighbours_are_seen_through_convolutions() -> None:
 def test_options_are_checked() -> None:
     for options, message in (
         ({"token_grid": [8]}, r"resampler.token_grid.*found \[8\]"),
+        ({"depth": -1}, "resampler.depth.*found"),
         ({"temperature": [1.0, 0.0]}, "resampler.temperature.*found"),
         ({"noise": [-1.0, 0.0]}, "resampler.noise.*found"),
         ({"schedule_end": 0.0}, "resampler.schedule_end.*found 0.0"),

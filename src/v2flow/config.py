@@ -67,7 +67,8 @@ class ResamplerConfig:
     width: int = 192
     """Channels of the convolutional stages."""
     depth: int = 3
-    """Residual blocks in each of the two stages (one before, one after the pooling)."""
+    """Residual blocks in each of the two stages (one before, one after the pooling). 0: a token says what its own patches
+    show and nothing of their surroundings, so that equal patches get equal ids, which a language model learns sooner."""
     token_grid: list[int] = field(default_factory=lambda: [8, 8])
     """Rows and columns of visual tokens; latents are average-pooled onto this grid."""
     readout: Literal["keys", "linear", "none"] = "keys"
@@ -91,6 +92,7 @@ class ResamplerConfig:
     computed in tiles, forward and backward, and never held together. Results are the same but for rounding."""
 
     def __post_init__(self) -> None:
+        _require(self.depth >= 0, "resampler.depth", "a number >= 0 of blocks", self.depth)
         _require(len(self.token_grid) == 2 and min(self.token_grid) >= 1, "resampler.token_grid",
                  "two positive numbers, rows and columns", self.token_grid)  # fmt: skip
         _require(len(self.temperature) == 2 and min(self.temperature) > 0, "resampler.temperature",
