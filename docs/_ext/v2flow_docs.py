@@ -1,4 +1,4 @@
-"""What the documents take from the code: tables of options, and places in the source."""
+"""What the documents take from the code: tables of options and of arrays, and places in the source."""
 
 import dataclasses
 import inspect
@@ -14,7 +14,10 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from sphinx.util.typing import stringify_annotation
 
+from v2flow import shapes
+
 SOURCE = Path(__file__).resolve().parents[2]
+ARRAYS = {name: kind for name, kind in vars(shapes).items() if isinstance(kind, type(shapes.Pictures))}
 
 
 class SourceRole(SphinxRole):
@@ -65,6 +68,23 @@ class OptionsDirective(SphinxDirective):
         return [target, *self.parse_text_to_nodes("\n".join([inspect.getdoc(cls) or "", "", *rows]))]
 
 
+class ArraysDirective(SphinxDirective):
+    """A table of the types in `v2flow.shapes`: name, kind of number, axes, and the string below each."""
+
+    def run(self) -> list[nodes.Node]:
+        words = ModuleAnalyzer.for_module(shapes.__name__).find_attr_docs()
+        rows = ["| array | numbers | axes | meaning |", "| --- | --- | --- | --- |"]
+        for name, kind in ARRAYS.items():
+            meaning = " ".join(words["", name]).strip()
+            rows.append(f"| `{name}` | {kind.dtype.__name__} | `[{kind.dim_str}]` | {meaning} |")
+        table = self.parse_text_to_nodes("\n".join(rows))
+        for name, row in zip(ARRAYS, list(table[0].findall(nodes.row))[1:], strict=True):
+            target = nodes.target("", "", ids=[f"{shapes.__name__}.{name}"])
+            self.env.domains["py"].note_object(target["ids"][0], "class", target["ids"][0], location=target)  # type: ignore[attr-defined]
+            row[0].insert(0, target)
+        return table
+
+
 def default_of(field: "dataclasses.Field[Any]") -> str:
     """The default as an experiment file would write it."""
     if field.default is not dataclasses.MISSING:
@@ -74,6 +94,9 @@ def default_of(field: "dataclasses.Field[Any]") -> str:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    for name, kind in ARRAYS.items():  # signatures show these names and link to the table
+        kind.__module__, kind.__name__, kind.__qualname__ = shapes.__name__, name, name
+    app.add_directive("arrays", ArraysDirective)
     app.add_role("src", SourceRole())
     app.add_directive("options", OptionsDirective)
     return {"parallel_read_safe": True}

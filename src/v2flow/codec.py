@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from v2flow.config import CodecConfig
 from v2flow.errors import V2FlowError
+from v2flow.shapes import AnyPictures, Latents
 
 
 class ImageCodec(nn.Module):
@@ -26,11 +27,11 @@ class ImageCodec(nn.Module):
     channels: int
     downsample: int
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: AnyPictures) -> Latents:
         """Images `[B, 3, H, W]` in [0, 1] to latents `[B, C, H/downsample, W/downsample]`."""
         raise NotImplementedError
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Latents) -> AnyPictures:
         """Latents to images `[B, 3, H, W]`; values may leave [0, 1] a little."""
         raise NotImplementedError
 
@@ -61,12 +62,12 @@ class PatchCodec(ImageCodec):
         self.downsample, self.scale, self.shift = config.patch_size, config.scale, config.shift
         self.channels = 3 * config.patch_size**2
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: AnyPictures) -> Latents:
         """Pictures [B, 3, H, W] in [0, 1] to latents [B, 3·p², H/p, W/p] for patches of p pixels."""
         self.latent_shape(*images.shape[-2:])
         return F.pixel_unshuffle((images - self.shift) * self.scale, self.downsample)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Latents) -> AnyPictures:
         """Latents [B, 3·p², h, w] to pictures [B, 3, h·p, w·p]; exact inverse of `encode`."""
         return F.pixel_shuffle(latents, self.downsample) / self.scale + self.shift
 
@@ -105,7 +106,7 @@ class FrozenAutoencoder(ImageCodec):
         return self._fingerprint
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: AnyPictures) -> Latents:
         """Pictures [B, 3, H, W] in [0, 1] to latents [B, C, h, w]; of a KL autoencoder the mode."""
         self.latent_shape(*images.shape[-2:])
         encoded = self.autoencoder.encode(images * 2 - 1)
@@ -113,7 +114,7 @@ class FrozenAutoencoder(ImageCodec):
         return latents * self.scale
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Latents) -> AnyPictures:
         """Latents [B, C, h, w] to pictures [B, 3, H, W], about [0, 1] and not clamped."""
         return self.autoencoder.decode(latents / self.scale).sample / 2 + 0.5
 

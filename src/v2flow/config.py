@@ -67,8 +67,8 @@ class ResamplerConfig:
     width: int = 192
     """Channels of the convolutional stages."""
     depth: int = 3
-    """Residual blocks in each of the two stages (one before, one after the pooling). 0: a token says what its own patches
-    show and nothing of their surroundings, so that equal patches get equal ids, which a language model learns sooner."""
+    """Residual blocks in each of the two stages (one before, one after the pooling). 0: a token says what its own
+    patches show and nothing of their surroundings; equal patches get equal ids, which an LLM learns sooner."""
     token_grid: list[int] = field(default_factory=lambda: [8, 8])
     """Rows and columns of visual tokens; latents are average-pooled onto this grid."""
     readout: Literal["keys", "linear", "none"] = "keys"

@@ -13,6 +13,7 @@ from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead, gather_positions
 from v2flow.masked_decoder import MaskedAutoregressiveDecoder, Prefix, cosine_schedule
 from v2flow.samplers import Velocity, solve, timesteps
+from v2flow.shapes import PositionLatents, PositionMask, TokenEmbeddings
 
 
 @dataclass
@@ -102,8 +103,8 @@ class DecodeMoment:
 
     iteration: int
     t: float
-    latents: Tensor
-    mask: Tensor
+    latents: PositionLatents
+    mask: PositionMask
 
 
 Watch = Callable[[DecodeMoment], None]
@@ -123,12 +124,12 @@ def watch_decoding(watch: Watch) -> Iterator[None]:
 def draw_latents(
     decoder: MaskedAutoregressiveDecoder,
     head: FlowHead,
-    tokens: Tensor,
+    tokens: TokenEmbeddings,
     positions: int,
     channels: int,
     options: DecodeOptions,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> PositionLatents:
     """Latents `[B, L, C]` for quantised visual tokens `[B, N, D]`.
 
     All randomness (order of positions, noise) is drawn first, so it does not depend on the number of steps.

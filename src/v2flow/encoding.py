@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.func import functional_call
 
 from v2flow.resampler import VisualVocabularyResampler
+from v2flow.shapes import Codebook, Latents, PerToken, TokenEmbeddings, VisualIds
 from v2flow.vocabulary_attention import SoftDistribution
 
 MARGIN = 8.0
@@ -18,7 +18,7 @@ off by 0.4 of these units at most (20,480 tokens by 512 codes); 6 % of its pictu
 
 def soft_tokens(
     resampler: VisualVocabularyResampler,
-    latents: Tensor,
+    latents: Latents,
     dtype: torch.dtype,
     described: int | None,
     top: int = 1,
@@ -31,7 +31,7 @@ def soft_tokens(
     return found
 
 
-def nearest_codes(embeddings: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_codes(embeddings: TokenEmbeddings, codes: Codebook) -> tuple[VisualIds, PerToken]:
     """Ids `[B, N]` of the codes `[K, D]` nearest by cosine to embeddings `[B, N, D]`, and by how much, `[B, N]`."""
     cosines = F.normalize(embeddings, dim=-1) @ codes.to(embeddings.dtype).T
     best = cosines.topk(min(2, len(codes)), dim=-1).values
@@ -39,7 +39,7 @@ def nearest_codes(embeddings: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return cosines.argmax(-1), lead
 
 
-def encode_ids(resampler: VisualVocabularyResampler, codes: Tensor, latents: Tensor) -> Tensor:
+def encode_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents) -> VisualIds:
     """Ids `[B, N]` of latents `[B, C, h, w]`, those of double precision; codes are `[K, D]` unit vectors.
 
     Rounding depends on batch size, order and threads. Pictures of which no token lies near the border between two codes
@@ -60,6 +60,6 @@ def encode_ids(resampler: VisualVocabularyResampler, codes: Tensor, latents: Ten
     return ids
 
 
-def double_ids(resampler: VisualVocabularyResampler, codes: Tensor, latents: Tensor) -> Tensor:
+def double_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents) -> VisualIds:
     """`encode_ids` in double precision throughout."""
     return nearest_codes(soft_tokens(resampler, latents, torch.float64, described=0).embeddings, codes)[0]

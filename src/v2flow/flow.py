@@ -18,6 +18,17 @@ from torch import Tensor, nn
 
 from v2flow.config import VelocityConfig
 from v2flow.fine_grid import FineMean
+from v2flow.shapes import (
+    ChosenPositions,
+    ChosenRows,
+    Conditions,
+    DrawnTimesteps,
+    PictureFlags,
+    PositionLatents,
+    PositionMask,
+    Scalar,
+    Timesteps,
+)
 from v2flow.velocity import build_field
 
 
@@ -31,14 +42,14 @@ class FlowLoss:
         total: what to minimise.
     """
 
-    mean: Tensor
-    flow: Tensor
-    total: Tensor
+    mean: Scalar
+    flow: Scalar
+    total: Scalar
 
 
 def draw_timesteps(
     shape: tuple[int, ...], config: VelocityConfig, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
+) -> DrawnTimesteps:
     """Timesteps in (0, 1]: a share exactly at 1, the rest logit-normal."""
     normal = torch.randn(shape, generator=generator, device=device)
     t = torch.sigmoid(config.logit_mean + config.logit_std * normal)
@@ -46,7 +57,7 @@ def draw_timesteps(
     return torch.where(start, torch.ones_like(t), t)
 
 
-def gather_positions(x: Tensor, index: Tensor) -> Tensor:
+def gather_positions(x: PositionLatents, index: ChosenPositions) -> ChosenRows:
     """Rows `[B, M, C]` of `x [B, L, C]` at `index [B, M]`."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -89,8 +100,8 @@ class FlowHead(nn.Module):
         self.register_buffer("residual_batches", torch.zeros(()))
 
     def loss(
-        self, latents: Tensor, condition: Tensor, mask: Tensor, generator: torch.Generator | None = None,
-        progress: float = 1.0, null: Tensor | None = None,
+        self, latents: PositionLatents, condition: Conditions, mask: PositionMask,
+        generator: torch.Generator | None = None, progress: float = 1.0, null: PictureFlags | None = None,
     ) -> FlowLoss:  # fmt: skip
         """Loss on the masked positions of `latents [B, L, C]` given `condition [B, L, W]`, `mask [B, L]`.
 
@@ -161,7 +172,9 @@ class FlowHead(nn.Module):
     def _skip(self, condition: Tensor) -> Tensor | float:
         return 0.0 if self.mean is None else self.mean(condition).float()
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
+    def velocity(
+        self, x: PositionLatents, t: Timesteps, condition: Conditions, known: PositionMask
+    ) -> PositionLatents:
         """Velocity `[B, M, C]` at `x [B, M, C]`, `t [B, M]` or one for all `[1, 1]`, in the units of `normalise`."""
         output = self.field(x, t, condition, known).float()
         u = t[..., None]
@@ -172,18 +185,18 @@ class FlowHead(nn.Module):
         s2 = (1 - u).square() + u.square()
         return (2 * u - 1) / s2 * x - output / s2.sqrt()
 
-    def unconditional(self, condition: Tensor) -> Tensor:
+    def unconditional(self, condition: Conditions) -> Conditions:
         """The condition of a field that is told nothing, in the shape of `condition [B, M, W]`; target=residual."""
         return self.null_condition.to(condition.dtype).expand_as(condition)
 
-    def normalise(self, latents: Tensor, condition: Tensor) -> Tensor:
+    def normalise(self, latents: PositionLatents, condition: Conditions) -> PositionLatents:
         """Latents in the units of the flow."""
         if self.config.target != "residual":
             return latents
         assert self.mean is not None
         return (latents - self.mean(condition).float()) / self.residual_std
 
-    def to_latents(self, x: Tensor, condition: Tensor) -> Tensor:
+    def to_latents(self, x: PositionLatents, condition: Conditions) -> PositionLatents:
         """The inverse of `normalise`."""
         if self.config.target != "residual":
             return x

@@ -11,6 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from v2flow.config import DecoderConfig
+from v2flow.shapes import (
+    Conditions,
+    PictureFlags,
+    PositionLatents,
+    PositionMask,
+    TokenEmbeddings,
+    TokensAbove,
+    TokenStates,
+)
 from v2flow.transformer import KeysValues, Transformer, grid_positions, init_linear
 
 
@@ -26,8 +35,8 @@ class Prefix:
         decoder: the same in the decoder; empty unless they are part of its sequence as well (prefix=attend).
     """
 
-    embeddings: Tensor
-    states: Tensor | None
+    embeddings: TokenStates
+    states: TokenStates | None
     encoder: list[KeysValues]
     decoder: list[KeysValues]
 
@@ -70,7 +79,13 @@ class MaskedAutoregressiveDecoder(nn.Module):
         self.register_buffer("above", above, persistent=False)
         init_linear(self)
 
-    def forward(self, tokens: Tensor, latents: Tensor, mask: Tensor, null: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: TokenEmbeddings,
+        latents: PositionLatents,
+        mask: PositionMask,
+        null: PictureFlags | None = None,
+    ) -> Conditions:
         """Conditions `[B, L, W]` for every position.
 
         Args:
@@ -81,7 +96,7 @@ class MaskedAutoregressiveDecoder(nn.Module):
         """
         return self.conditions(self.read_tokens(tokens, null), latents, mask)
 
-    def read_tokens(self, tokens: Tensor, null: Tensor | None = None) -> Prefix:
+    def read_tokens(self, tokens: TokenEmbeddings, null: PictureFlags | None = None) -> Prefix:
         """All that can be computed of tokens `[B, N, D]` and `null [B]`, see `forward`, before any latent is known."""
         # Unit vectors have entries of about 1/sqrt(D): brought to unit scale, or the positions drown them.
         prefix = self.project(tokens * tokens.shape[-1] ** 0.5)
@@ -97,7 +112,7 @@ class MaskedAutoregressiveDecoder(nn.Module):
             decoder = self.decoder.read_prefix(states + self.decoder_token_positions)[1]
         return Prefix(embeddings, states, encoder, decoder)
 
-    def conditions(self, prefix: Prefix, latents: Tensor, mask: Tensor) -> Tensor:
+    def conditions(self, prefix: Prefix, latents: PositionLatents, mask: PositionMask) -> Conditions:
         """`forward` of tokens that have been read."""
         states, visible, index = self._encode(prefix, latents, mask)
         x = self.mask_token.to(states.dtype).expand(len(latents), latents.shape[1], -1)
@@ -126,7 +141,7 @@ class MaskedAutoregressiveDecoder(nn.Module):
         return x[:, :count], x[:, count:], index
 
 
-def token_above(token_grid: tuple[int, int], latent_grid: tuple[int, int]) -> Tensor:
+def token_above(token_grid: tuple[int, int], latent_grid: tuple[int, int]) -> TokensAbove:
     """Index `[L]` of the visual token whose cell covers each latent position."""
     rows = (torch.arange(latent_grid[0]) * token_grid[0]) // latent_grid[0]
     columns = (torch.arange(latent_grid[1]) * token_grid[1]) // latent_grid[1]
@@ -135,7 +150,7 @@ def token_above(token_grid: tuple[int, int], latent_grid: tuple[int, int]) -> Te
 
 def draw_mask(
     batch: int, positions: int, config: DecoderConfig, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
+) -> PositionMask:
     """A training mask `[B, L]` bool: one ratio a batch, random positions a picture.
 
     The ratio is 1 for `full_mask_share` of the batches, else from a normal distribution truncated to [min, 1].

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow.config import ResamplerConfig
+from v2flow.shapes import EmbeddingTable, Latents, TokenStates
 from v2flow.vocabulary_attention import SoftDistribution, vocabulary_attention
 from v2flow.vocabulary_logits import GumbelNoise, Logits, block_shape
 from v2flow.vocabulary_tiles import fit_tiles
@@ -52,7 +53,7 @@ class PatchEncoder(nn.Module):
         self.after = nn.Sequential(*(ConvBlock(config.width) for _ in range(config.depth)))
         self.norm = LayerNorm2d(config.width)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Latents) -> TokenStates:
         """Latents [B, C, h, w] to features [B, N, width], N the cells of the token grid, row by row."""
         x = self.before(self.stem(latents.contiguous(memory_format=torch.channels_last)))
         if tuple(x.shape[-2:]) != self.token_grid:
@@ -75,9 +76,9 @@ class VisualVocabularyResampler(nn.Module):
         V2FlowError: a memory budget that some batch of pictures would not fit into.
     """
 
-    table: Tensor
+    table: EmbeddingTable
 
-    def __init__(self, channels: int, config: ResamplerConfig, table: Tensor) -> None:
+    def __init__(self, channels: int, config: ResamplerConfig, table: EmbeddingTable) -> None:
         super().__init__()
         self.config = config
         self.encoder = PatchEncoder(channels, config)
@@ -98,7 +99,7 @@ class VisualVocabularyResampler(nn.Module):
 
     def forward(
         self,
-        latents: Tensor,
+        latents: Latents,
         progress: float = 1.0,
         generator: torch.Generator | None = None,
         described: int | None = None,

@@ -9,33 +9,33 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from v2flow.errors import V2FlowError
+from v2flow.shapes import State
 
-Velocity = Callable[[Tensor, float], Tensor]
+Velocity = Callable[[State, float], State]
 
 
 class History(NamedTuple):
     """What a multistep solver remembers: the last data prediction and the log-SNR it was made at."""
 
-    data: Tensor
+    data: State
     log_snr: float
 
 
-Step = Callable[[Velocity, Tensor, float, float, History | None], tuple[Tensor, History | None]]
+Step = Callable[[Velocity, State, float, float, History | None], tuple[State, History | None]]
 
 
 def euler_step(
-    velocity: Velocity, x: Tensor, t0: float, t1: float, history: History | None
-) -> tuple[Tensor, History | None]:
+    velocity: Velocity, x: State, t0: float, t1: float, history: History | None
+) -> tuple[State, History | None]:
     """First order: x + (t1 − t0)·v."""
     return x + (t1 - t0) * velocity(x, t0).float(), None
 
 
 def heun_step(
-    velocity: Velocity, x: Tensor, t0: float, t1: float, history: History | None
-) -> tuple[Tensor, History | None]:
+    velocity: Velocity, x: State, t0: float, t1: float, history: History | None
+) -> tuple[State, History | None]:
     """Second order, two evaluations; Euler on the last step, where the field is not evaluated at t=0."""
     v0 = velocity(x, t0).float()
     guess = x + (t1 - t0) * v0
@@ -45,8 +45,8 @@ def heun_step(
 
 
 def multistep_step(
-    velocity: Velocity, x: Tensor, t0: float, t1: float, history: History | None
-) -> tuple[Tensor, History | None]:
+    velocity: Velocity, x: State, t0: float, t1: float, history: History | None
+) -> tuple[State, History | None]:
     """DPM-Solver++ of second order, one evaluation, in flow form (α=1−t, σ=t, λ=log α/σ).
 
     λ is infinite at t=1 and t=0: those steps are first order (Lu et al. 2022, eq. for 2M, data prediction).
@@ -79,7 +79,7 @@ def timesteps(steps: int, shift: float = 1.0) -> list[float]:
     return [shift * t / (1 + (shift - 1) * t) for t in uniform]
 
 
-def solve(velocity: Velocity, x: Tensor, times: list[float], solver: str = "euler") -> Tensor:
+def solve(velocity: Velocity, x: State, times: list[float], solver: str = "euler") -> State:
     """Integrate from `times[0]` to `times[-1]`.
 
     Args:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from v2flow.hub import PretrainedMixin
 from v2flow.llm import LLMVocabulary, load_vocabulary
 from v2flow.masked_decoder import MaskedAutoregressiveDecoder, draw_mask
 from v2flow.resampler import VisualVocabularyResampler
+from v2flow.shapes import Latents, PerToken, Pictures, Scalar, TokenEmbeddings, TopShares, TopWords, VisualIds
 from v2flow.visual_vocabulary import VisualVocabulary
 
 HEALTH_PICTURES = 4
@@ -38,24 +39,24 @@ class SoftTokens:
         entropy: entropy of the whole distribution in nats, `[B, N]`.
     """
 
-    ids: Tensor
-    embeddings: Tensor
-    words: Tensor
-    probabilities: Tensor
-    entropy: Tensor
+    ids: VisualIds
+    embeddings: TokenEmbeddings
+    words: TopWords
+    probabilities: TopShares
+    entropy: PerToken
 
 
 @dataclass
 class TokenizerLosses:
     """Training losses and health figures of one batch; all scalars, `ids` is `[B, N]`."""
 
-    total: Tensor
-    mean: Tensor
-    flow: Tensor
-    commitment: Tensor
-    entropy: Tensor
-    agreement: Tensor
-    ids: Tensor
+    total: Scalar
+    mean: Scalar
+    flow: Scalar
+    commitment: Scalar
+    entropy: Scalar
+    agreement: Scalar
+    ids: VisualIds
 
 
 class V2FlowTokenizer(nn.Module, PretrainedMixin):
@@ -92,7 +93,6 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             null=config.velocity.target != "residual",
         )  # fmt: skip
         self.head = FlowHead(channels, config.decoder.width, self.latent_grid, config.velocity)
-
         self.decode_presets: Presets = shipped_presets()
         self.vocabulary = vocabulary  # the LLM's own rows, not centred; shared with every copy of this module
 
@@ -107,7 +107,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         return self.vocabulary.sha256
 
     def losses(
-        self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
+        self, images: Pictures, progress: float = 1.0, generator: torch.Generator | None = None
     ) -> TokenizerLosses:
         """Training losses of pictures `[B, 3, H, W]` in [0, 1].
 
@@ -121,7 +121,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         return self.latent_losses(latents, progress, generator)
 
     def latent_losses(
-        self, latents: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
+        self, latents: Latents, progress: float = 1.0, generator: torch.Generator | None = None
     ) -> TokenizerLosses:
         """`losses` of pictures whose codec latents `[B, C, h, w]` are at hand."""
         batch, device = len(latents), latents.device
@@ -162,8 +162,18 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         table = nn.functional.normalize(self.resampler.table[words[..., 0]], dim=-1)
         return (self.visual_vocabulary.nearest(table) == ids).float().mean()
 
+    @overload
+    def encode(self, images: Pictures, return_soft: Literal[False] = False, top_words: int = 5) -> VisualIds:
+        """Ids alone."""
+
+    @overload
+    def encode(self, images: Pictures, return_soft: Literal[True], top_words: int = 5) -> SoftTokens:
+        """Ids with the distributions behind them."""
+
     @torch.no_grad()
-    def encode(self, images: Tensor, return_soft: bool = False, top_words: int = 5) -> Any:
+    def encode(
+        self, images: Pictures, return_soft: bool = False, top_words: int = 5
+    ) -> VisualIds | SoftTokens:
         """Ids `[B, N]` long of pictures `[B, 3, H, W]` in [0, 1]; with `return_soft` a `SoftTokens`.
 
         Without noise, in whatever mode the module is, and as in double precision: rounding that depends on batch size
@@ -187,14 +197,13 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
 
     @torch.no_grad()
     def decode(
-        self, ids: Tensor, generator: torch.Generator | None = None, preset: str | None = None, **options: Any
-    ) -> Tensor:
+        self, ids: VisualIds, generator: torch.Generator | None = None, preset: str | None = None, **options: Any,
+    ) -> Pictures:  # fmt: skip
         """Pictures `[B, 3, H, W]` in [0, 1] of ids `[B, N]`.
 
         Args:
             generator: source of the noise and of the order of positions; seed it to repeat a picture.
-            preset: fast, balanced or best: settings from a measured frontier of quality against speed, in the place of
-                options.
+            preset: fast, balanced or best, from a measured frontier of quality against speed; in the place of options.
             options: the fields of `DecodeOptions` (steps, iterations, guidance, solver, …).
 
         Raises:
@@ -223,7 +232,9 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             latents = latents.transpose(1, 2).unflatten(2, (height, width))
             return self.codec.decode(latents).float().clamp(0, 1)
 
-    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+    def reconstruct(
+        self, images: Pictures, generator: torch.Generator | None = None, **options: Any
+    ) -> Pictures:
         """`decode(encode(images))`; `options` as of `decode`, a preset included."""
         return self.decode(self.encode(images), generator, **options)
 
@@ -241,7 +252,7 @@ def check_token_grid(option: str, tokens: tuple[int, int], latents: tuple[int, i
         )
 
 
-def check_images(images: Tensor, size: int) -> Tensor:
+def check_images(images: Tensor, size: int) -> Pictures:
     """The pictures, if they have the shape `[B, 3, size, size]`.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from v2flow.config import VelocityConfig
 from v2flow.fine_grid import FineBlock, FineOutput, check_fine, from_fine, to_fine, zero
+from v2flow.shapes import Conditions, PositionLatents, PositionMask, Timesteps
 from v2flow.transformer import Attention, Mlp, grid_positions, init_linear
 
 
@@ -75,7 +76,9 @@ class PerPositionField(nn.Module):
         self.output = nn.Linear(width, channels)
         _initialise(self)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
+    def forward(
+        self, x: PositionLatents, t: Timesteps, condition: Conditions, known: PositionMask
+    ) -> PositionLatents:
         """Noisy latents x [M, N, C] at times t [M, N] under conditions [M, N, D]; `known` is not used."""
         h, control, condition = self.inputs(x), self.time(t), self.condition(condition)
         if self.by_timestep:
@@ -151,7 +154,9 @@ class JointField(nn.Module):
         self.fine_output = FineOutput(fine, channels // p2)
         zero(self.output)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, known: Tensor) -> Tensor:
+    def forward(
+        self, x: PositionLatents, t: Timesteps, condition: Conditions, known: PositionMask
+    ) -> PositionLatents:
         """Noisy latents x [M, N, C] at times t [M, N], one a picture, under conditions [M, N, D];
         `known` [M, N] marks latents that are given.
         """

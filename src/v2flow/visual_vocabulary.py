@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from v2flow.config import VisualVocabularyConfig
+from v2flow.shapes import Codebook, Scalar, TokenEmbeddings, VisualIds
 
 
 @dataclass
@@ -24,9 +25,9 @@ class Quantized:
         commitment: mean squared distance between the input's direction and its code, a scalar.
     """
 
-    ids: Tensor
-    embeddings: Tensor
-    commitment: Tensor
+    ids: VisualIds
+    embeddings: TokenEmbeddings
+    commitment: Scalar
 
 
 def _all_reduce(x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class VisualVocabulary(nn.Module):
     Codes are set to tokens of the first training batches: unseen codes count as dead and are revived.
     """
 
-    codes: Tensor
+    codes: Codebook
     counts: Tensor
     sums: Tensor
 
@@ -53,7 +54,7 @@ class VisualVocabulary(nn.Module):
         self.register_buffer("sums", codes.clone())
         self.register_buffer("counts", torch.zeros(config.size))
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Quantized:
+    def forward(self, x: TokenEmbeddings, generator: torch.Generator | None = None) -> Quantized:
         """Quantise `[B, N, D]` by cosine similarity; in training mode the codes follow."""
         with torch.autocast(x.device.type, enabled=False):
             directions = F.normalize(x.float(), dim=-1)
@@ -64,11 +65,11 @@ class VisualVocabulary(nn.Module):
             commitment = (directions - codes).square().sum(-1).mean()
             return Quantized(ids, directions + (codes - directions).detach(), commitment)
 
-    def nearest(self, directions: Tensor) -> Tensor:
-        """Ids `[…]` of the codes most similar to unit vectors `[…, D]`."""
+    def nearest(self, directions: TokenEmbeddings) -> VisualIds:
+        """Ids `[B, N]` of the codes most similar to unit vectors `[B, N, D]`."""
         return (directions @ self.codes.T).argmax(-1)
 
-    def lookup(self, ids: Tensor) -> Tensor:
+    def lookup(self, ids: VisualIds) -> TokenEmbeddings:
         """Unit codes `[B, N, D]` of ids `[B, N]`."""
         return self.codes[ids]
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from v2flow.errors import V2FlowError
+from v2flow.shapes import EmbeddingTable, PerToken, TokenEmbeddings, TopShares, TopWords
 from v2flow.vocabulary_logits import Logits
 from v2flow.vocabulary_tiles import fit_tiles, largest, tiled_attention
 
@@ -31,12 +32,12 @@ class SoftDistribution:
         probabilities: theirs, `[b, N, k]`, falling.
     """
 
-    embeddings: Tensor
-    entropy: Tensor
-    words: Tensor
-    probabilities: Tensor
+    embeddings: TokenEmbeddings
+    entropy: PerToken
+    words: TopWords
+    probabilities: TopShares
 
-    def dense(self, entries: int) -> Tensor:
+    def dense(self, entries: int) -> TopShares:
         """All probabilities `[b, N, V]` in the table's order, of a description by all V = `entries` words.
 
         Raises:
@@ -52,7 +53,7 @@ class SoftDistribution:
 
 def vocabulary_attention(
     logits: Logits,
-    values: Tensor,
+    values: EmbeddingTable,
     hard: bool = False,
     described: int | None = None,
     top: int = 1,

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from v2flow.errors import V2FlowError
+from v2flow.shapes import NextIds, NextLogits, PerPicture, VisualIds
 from v2flow.t2i.sequences import Sequences, join
 from v2flow.t2i.visual_rows import hidden_states
 from v2flow.tokenizer import inference
@@ -74,7 +75,7 @@ def generate_ids(
     guidance: float = 1.0,
     batch_size: int = 16,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> VisualIds:
     """Visual token ids `[B, N]` long in [0, K) of captions, on the device of the LLM; any number of captions.
 
     The draws are made in advance, N for each caption in turn: up to rounding, and with a generator on the CPU, the
@@ -105,7 +106,7 @@ def generate_ids(
     return torch.cat(batches)
 
 
-def draw(logits: Tensor, uniform: Tensor, options: GenerationOptions) -> Tensor:
+def draw(logits: NextLogits, uniform: PerPicture, options: GenerationOptions) -> NextIds:
     """Indices `[B]` drawn from logits `[B, K]` by uniform numbers `[B]` in [0, 1).
 
     Inverting the distribution function needs one number a draw, whatever top-k and top-p leave.

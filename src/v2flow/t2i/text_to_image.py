@@ -5,10 +5,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
+from v2flow.shapes import PerPicture, Pictures, VisualIds
 from v2flow.t2i.extension import VisualTokens
 from v2flow.t2i.generation import generate_ids, generation_options
 from v2flow.t2i.hub import PretrainedTextToImage
@@ -82,7 +83,7 @@ class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
         return caption_ids(self.llm_tokenizer, captions, self.max_caption)
 
     def loss(
-        self, captions: Sequence[str | None], ids: Tensor, full_share: float = 0.125, text_weight: float = 0.0,
+        self, captions: Sequence[str | None], ids: VisualIds, full_share: float = 0.125, text_weight: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> ImageLoss:  # fmt: skip
         """Training loss of captions and the visual token ids `[B, N]` of their pictures; see `image_loss`.
@@ -103,7 +104,7 @@ class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
         with inference(self):
             return text_perplexity(self.llm, self.rows, self.llm_tokenizer, texts)
 
-    def log_likelihood(self, captions: Sequence[str | None], ids: Tensor) -> Tensor:
+    def log_likelihood(self, captions: Sequence[str | None], ids: VisualIds) -> PerPicture:
         """Log-likelihood `[B]` in nats of the pictures' ids `[B, N]` given their captions."""
         check_ids(ids, self.num_tokens, self.tokens.num_visual)
         batch = join(self.caption_ids(captions), self.tokens, ids.to(self.device))
@@ -113,7 +114,7 @@ class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
     def generate(
         self, captions: Sequence[str], *, decode: Mapping[str, Any] | None = None, batch_size: int = 16,
         generator: torch.Generator | None = None, **options: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Pictures:  # fmt: skip
         """Pictures `[B, 3, H, W]` in [0, 1], on the CPU, of any number of captions.
 
         Args:
