@@ -30,7 +30,7 @@ SIZES = {"small": 8 / 32, "large": 12 / 32}
 """Diameters in sides of the canvas."""
 SIZE_EDGE = 10 / 32
 """Between the two: how a verifier tells them apart."""
-STEP = 4 / 32
+STEP = 2 / 32
 """Centres lie on a lattice of this pitch, so that what tokenizer and LLM learn goes to what captions say."""
 RELATIONS = {
     "left": ("left of", "to the left of"),
