@@ -26,9 +26,9 @@ COLOURS = {
 }
 """8-bit RGB on a white canvas."""
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
-SIZES = {"small": 8 / 32, "large": 12 / 32}
+SIZES = {"small": 9 / 32, "large": 13 / 32}
 """Diameters in sides of the canvas."""
-SIZE_EDGE = 10 / 32
+SIZE_EDGE = 11 / 32
 """Between the two: how a verifier tells them apart."""
 STEP = 2 / 32
 """Centres lie on a lattice of this pitch, so that what tokenizer and LLM learn goes to what captions say."""

@@ -26,9 +26,9 @@ UNKNOWN = "unknown"
 FOREGROUND = 0.45
 """A pixel with this share of a colour on white belongs to an object."""
 SPECK = 14
-"""Pixels: what is smaller is dirt. The smallest shape that is drawn covers 29."""
+"""Pixels: what is smaller is dirt. The smallest shape that is drawn covers 37."""
 MOST = 20.0
-"""Pixels: what is wider is no object. The largest that is drawn has a diameter of 12."""
+"""Pixels: what is wider is no object. The largest that is drawn has a diameter of 13."""
 LIKENESS = 0.68
 """Of the best shape (intersection over union); below it the shape is unknown."""
 BLURS = (0.0, 0.6, 1.0, 1.4)
