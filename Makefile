@@ -179,7 +179,7 @@ EXTRAS_benchmark := cli,benchmark
 EXTRAS_demo := cli,t2i,demo
 EXTRAS_domains := cli,benchmark,domains
 EXTRAS_test := cli,test,t2i,demo,benchmark
-EXTRAS_lint := cli,test,t2i,benchmark,lint
+EXTRAS_lint := cli,test,t2i,demo,benchmark,lint
 EXTRAS_docs := cli,t2i,benchmark,docs
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python

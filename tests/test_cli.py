@@ -263,6 +263,12 @@ def test_bad_ids(exported: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not out.exists()
 
 
+def test_pictures_before_a_mistake_are_kept(exported: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "ids.npz", a=np.zeros(16, dtype=np.int64), b=np.full(16, 32))
+    assert main(["decode", exported, str(tmp_path / "ids.npz"), "--out", str(tmp_path / "out")]) != 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
 def test_ids_of_a_picture_with_an_awkward_name(exported: str, pictures: list[str], tmp_path: Path) -> None:
     """numpy.savez cannot store an array of this name."""
     (tmp_path / "file").write_bytes(Path(pictures[0]).read_bytes())

@@ -16,6 +16,7 @@ from v2flow.data.decode import decode_image
 from v2flow.data.loaders import EvaluationLoader
 from v2flow.data.scenes import (
     COLOURS,
+    PITCH,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -128,6 +129,11 @@ def test_objects_lie_inside_and_apart() -> None:
     for scene in scenes("train", 600) + scenes("test", 600):
         covered = np.zeros((256, 256), int)
         for each in scene.objects:
+            assert (
+                (each.x / PITCH).is_integer()
+                and (each.y / PITCH).is_integer()
+                and each.size in SIZES.values()
+            )
             line = (np.arange(256) + 0.5) / 256
             u, v = np.meshgrid((line - each.x) / each.size, (line - each.y) / each.size)
             # With a rim of half a pixel of 32: what is drawn is at least a pixel apart.

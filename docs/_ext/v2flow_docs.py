@@ -14,10 +14,10 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from sphinx.util.typing import stringify_annotation
 
-from v2flow import shapes
+from v2flow import arrays
 
 SOURCE = Path(__file__).resolve().parents[2]
-ARRAYS = {name: kind for name, kind in vars(shapes).items() if isinstance(kind, type(shapes.Pictures))}
+ARRAYS = {name: kind for name, kind in vars(arrays).items() if isinstance(kind, type(arrays.Pictures))}
 
 
 class SourceRole(SphinxRole):
@@ -69,17 +69,17 @@ class OptionsDirective(SphinxDirective):
 
 
 class ArraysDirective(SphinxDirective):
-    """A table of the types in `v2flow.shapes`: name, kind of number, axes, and the string below each."""
+    """A table of the types in `v2flow.arrays`: name, kind of number, axes, and the string below each."""
 
     def run(self) -> list[nodes.Node]:
-        words = ModuleAnalyzer.for_module(shapes.__name__).find_attr_docs()
+        words = ModuleAnalyzer.for_module(arrays.__name__).find_attr_docs()
         rows = ["| array | numbers | axes | meaning |", "| --- | --- | --- | --- |"]
         for name, kind in ARRAYS.items():
             meaning = " ".join(words["", name]).strip()
             rows.append(f"| `{name}` | {kind.dtype.__name__} | `[{kind.dim_str}]` | {meaning} |")
         table = self.parse_text_to_nodes("\n".join(rows))
         for name, row in zip(ARRAYS, list(table[0].findall(nodes.row))[1:], strict=True):
-            target = nodes.target("", "", ids=[f"{shapes.__name__}.{name}"])
+            target = nodes.target("", "", ids=[f"{arrays.__name__}.{name}"])
             self.env.domains["py"].note_object(target["ids"][0], "class", target["ids"][0], location=target)  # type: ignore[attr-defined]
             row[0].insert(0, target)
         return table
@@ -95,7 +95,7 @@ def default_of(field: "dataclasses.Field[Any]") -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     for name, kind in ARRAYS.items():  # signatures show these names and link to the table
-        kind.__module__, kind.__name__, kind.__qualname__ = shapes.__name__, name, name
+        kind.__module__, kind.__name__, kind.__qualname__ = arrays.__name__, name, name
     app.add_directive("arrays", ArraysDirective)
     app.add_role("src", SourceRole())
     app.add_directive("options", OptionsDirective)

@@ -125,13 +125,13 @@ def _pictures(
 ) -> "Iterator[Tensor]":
     """Pictures [3, S, S] of the captions, drawn a batch at a time."""
     import torch
-    from tqdm import tqdm
 
+    from v2flow.cli_progress import progress_bar
     from v2flow.t2i.generation import generate_ids
     from v2flow.training.module import seeded_generator
 
     draws, noise = (seeded_generator(torch.device("cpu"), options.seed, purpose) for purpose in (0, 1))
-    with tqdm(desc="draw", total=len(captions), unit="picture", delay=2.0, leave=False, disable=None) as bar:
+    with progress_bar("draw", total=len(captions)) as bar:
         for start in range(0, len(captions), options.batch_size):
             part = captions[start : start + options.batch_size]
             ids = generate_ids(model, part, batch_size=options.batch_size, generator=draws, **how)

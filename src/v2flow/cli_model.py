@@ -162,26 +162,26 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_encode(options: argparse.Namespace) -> None:
     """`v2flow encode`."""
-    from v2flow.cli_progress import counted
+    from v2flow.cli_progress import progress_bar
     from v2flow.inference import LoadedModel, named_pictures, write_ids
 
     names = named_pictures(options.images)
     loaded = LoadedModel(options.checkpoint, options.weights)
-    ids = {name: loaded.encode(loaded.picture(path)) for name, path in counted(names.items(), "encode")}
+    ids = {name: loaded.encode(loaded.picture(path)) for name, path in progress_bar("encode", names.items())}
     write_ids(options.out, ids)
     print(f"{len(ids)} pictures, {loaded.model.num_tokens} ids each: {options.out}")
 
 
 def run_decode(options: argparse.Namespace) -> None:
     """`v2flow decode`."""
-    from v2flow.cli_progress import counted
+    from v2flow.cli_progress import progress_bar
     from v2flow.images import save_image
     from v2flow.inference import LoadedModel, read_ids
 
     ids = read_ids(options.ids)
     loaded = LoadedModel(options.checkpoint, options.weights)
     how = loaded.decode_options(options.mode, chosen_decode_options(options))
-    for i, (name, row) in enumerate(counted(ids.items(), "decode")):
+    for i, (name, row) in enumerate(progress_bar("decode", ids.items())):
         save_image(loaded.decode(row, how, (options.seed, i)), options.out / f"{Path(name).stem}.png")
     print(f"{len(ids)} pictures: {options.out}")
 
@@ -190,7 +190,7 @@ def run_reconstruct(options: argparse.Namespace) -> None:
     """`v2flow reconstruct`."""
     import torch
 
-    from v2flow.cli_progress import counted
+    from v2flow.cli_progress import progress_bar
     from v2flow.images import save_grid, save_image
     from v2flow.inference import LoadedModel, named_pictures, picture_psnr
     from v2flow.metrics.files import write_json
@@ -200,7 +200,7 @@ def run_reconstruct(options: argparse.Namespace) -> None:
     how = loaded.decode_options(options.mode, chosen_decode_options(options))
     originals = {name: loaded.picture(path) for name, path in names.items()}
     results = {}
-    for i, (name, picture) in enumerate(counted(originals.items(), "reconstruct")):
+    for i, (name, picture) in enumerate(progress_bar("reconstruct", originals.items())):
         results[name] = loaded.decode(loaded.encode(picture), how, (options.seed, i))
         save_image(results[name], options.out / f"{Path(name).stem}.png")
     figures = {name: picture_psnr(originals[name], result) for name, result in results.items()}

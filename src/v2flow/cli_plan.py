@@ -118,15 +118,14 @@ def run_plan(options: argparse.Namespace) -> None:
         raise V2FlowError("option --config: expected an experiment file, found none; name one, or take --all")
     if options.draws < 1:
         raise V2FlowError(f"option --draws: expected at least 1, found {options.draws}")
-    from tqdm import tqdm
-
+    from v2flow.cli_progress import progress_bar
     from v2flow.planning.experiment import read_experiment
     from v2flow.planning.plan import plan_experiment
     from v2flow.planning.report import plan_text
 
     hardware = _hardware(options)
     plans: list[tuple[str, Plan]] = []
-    with tqdm(desc="plan", total=2 * len(paths), unit="part", delay=2.0, leave=False, disable=None) as bar:
+    with progress_bar("plan", total=2 * len(paths), unit="part") as bar:
         for path in paths:
             experiment = read_experiment(path, options.set)
             bar.update()

@@ -1,13 +1,14 @@
-"""The progress bar of verbs that go through pictures one by one."""
+"""The progress bar of verbs that take a while."""
 
-from collections.abc import Collection, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from tqdm import tqdm
 
-Item = TypeVar("Item")
 
-
-def counted(items: Collection[Item], what: str, unit: str = "picture") -> Iterable[Item]:
-    """The items, under a bar on standard error that shows after two seconds, in a terminal only, and leaves nothing."""
-    return tqdm(items, what, unit=unit, delay=2.0, leave=False, disable=None)
+def progress_bar(
+    what: str, items: Iterable[Any] | None = None, total: int | None = None, unit: str = "picture"
+) -> "tqdm[Any]":
+    """A bar over items, or one to update by hand: on standard error, after two seconds, in a terminal only, and gone
+    at the end."""
+    return tqdm(items, what, total, unit=unit, delay=2.0, leave=False, disable=None)

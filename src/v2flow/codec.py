@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from v2flow.arrays import AnyPictures, Latents
 from v2flow.config import CodecConfig
 from v2flow.errors import V2FlowError
-from v2flow.shapes import AnyPictures, Latents
 
 
 class ImageCodec(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from v2flow.arrays import PositionLatents, PositionMask, TokenEmbeddings
 from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead, gather_positions
 from v2flow.masked_decoder import MaskedAutoregressiveDecoder, Prefix, cosine_schedule
 from v2flow.samplers import Velocity, solve, timesteps
-from v2flow.shapes import PositionLatents, PositionMask, TokenEmbeddings
 
 
 @dataclass

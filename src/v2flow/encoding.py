@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from v2flow.arrays import Codebook, Latents, PerToken, TokenEmbeddings, VisualIds
 from v2flow.resampler import VisualVocabularyResampler
-from v2flow.shapes import Codebook, Latents, PerToken, TokenEmbeddings, VisualIds
 from v2flow.vocabulary_attention import SoftDistribution
 
 MARGIN = 8.0

@@ -16,9 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from v2flow.config import VelocityConfig
-from v2flow.fine_grid import FineMean
-from v2flow.shapes import (
+from v2flow.arrays import (
     ChosenPositions,
     ChosenRows,
     Conditions,
@@ -29,6 +27,8 @@ from v2flow.shapes import (
     Scalar,
     Timesteps,
 )
+from v2flow.config import VelocityConfig
+from v2flow.fine_grid import FineMean
 from v2flow.velocity import build_field
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from v2flow.config import DecoderConfig
-from v2flow.shapes import (
+from v2flow.arrays import (
     Conditions,
     PictureFlags,
     PositionLatents,
@@ -20,6 +19,7 @@ from v2flow.shapes import (
     TokensAbove,
     TokenStates,
 )
+from v2flow.config import DecoderConfig
 from v2flow.transformer import KeysValues, Transformer, grid_positions, init_linear
 
 

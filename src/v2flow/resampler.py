@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from v2flow.arrays import EmbeddingTable, Latents, TokenStates
 from v2flow.config import ResamplerConfig
-from v2flow.shapes import EmbeddingTable, Latents, TokenStates
 from v2flow.vocabulary_attention import SoftDistribution, vocabulary_attention
 from v2flow.vocabulary_logits import GumbelNoise, Logits, block_shape
 from v2flow.vocabulary_tiles import fit_tiles

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from v2flow.arrays import State
 from v2flow.errors import V2FlowError
-from v2flow.shapes import State
 
 Velocity = Callable[[State, float], State]
 

@@ -8,6 +8,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from v2flow.arrays import (
+    Latents,
+    PerToken,
+    Pictures,
+    Scalar,
+    TokenEmbeddings,
+    TopProbabilities,
+    TopWords,
+    VisualIds,
+)
 from v2flow.codec import build_codec
 from v2flow.config import TokenizerConfig
 from v2flow.decode_modes import Presets, preset_options, shipped_presets
@@ -19,7 +29,6 @@ from v2flow.hub import PretrainedMixin
 from v2flow.llm import LLMVocabulary, load_vocabulary
 from v2flow.masked_decoder import MaskedAutoregressiveDecoder, draw_mask
 from v2flow.resampler import VisualVocabularyResampler
-from v2flow.shapes import Latents, PerToken, Pictures, Scalar, TokenEmbeddings, TopShares, TopWords, VisualIds
 from v2flow.visual_vocabulary import VisualVocabulary
 
 HEALTH_PICTURES = 4
@@ -42,7 +51,7 @@ class SoftTokens:
     ids: VisualIds
     embeddings: TokenEmbeddings
     words: TopWords
-    probabilities: TopShares
+    probabilities: TopProbabilities
     entropy: PerToken
 
 

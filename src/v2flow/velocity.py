@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from v2flow.arrays import Conditions, PositionLatents, PositionMask, Timesteps
 from v2flow.config import VelocityConfig
 from v2flow.fine_grid import FineBlock, FineOutput, check_fine, from_fine, to_fine, zero
-from v2flow.shapes import Conditions, PositionLatents, PositionMask, Timesteps
 from v2flow.transformer import Attention, Mlp, grid_positions, init_linear
 
 

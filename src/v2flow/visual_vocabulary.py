@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from v2flow.arrays import Codebook, Scalar, TokenEmbeddings, VisualIds
 from v2flow.config import VisualVocabularyConfig
-from v2flow.shapes import Codebook, Scalar, TokenEmbeddings, VisualIds
 
 
 @dataclass

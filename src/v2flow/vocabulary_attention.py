@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from v2flow.arrays import (
+    EmbeddingTable,
+    PerToken,
+    TokenEmbeddings,
+    TopProbabilities,
+    TopWords,
+    WordProbabilities,
+)
 from v2flow.errors import V2FlowError
-from v2flow.shapes import EmbeddingTable, PerToken, TokenEmbeddings, TopShares, TopWords
 from v2flow.vocabulary_logits import Logits
 from v2flow.vocabulary_tiles import fit_tiles, largest, tiled_attention
 
@@ -35,9 +42,9 @@ class SoftDistribution:
     embeddings: TokenEmbeddings
     entropy: PerToken
     words: TopWords
-    probabilities: TopShares
+    probabilities: TopProbabilities
 
-    def dense(self, entries: int) -> TopShares:
+    def dense(self, entries: int) -> WordProbabilities:
         """All probabilities `[b, N, V]` in the table's order, of a description by all V = `entries` words.
 
         Raises:

@@ -30,7 +30,7 @@ SIZES = {"small": 9 / 32, "large": 13 / 32}
 """Diameters in sides of the canvas."""
 SIZE_EDGE = 11 / 32
 """Between the two: how a verifier tells them apart."""
-STEP = 2 / 32
+PITCH = 2 / 32
 """Centres lie on a lattice of this pitch, so that what tokenizer and LLM learn goes to what captions say."""
 RELATIONS = {
     "left": ("left of", "to the left of"),
@@ -255,7 +255,8 @@ def _draw(task: str, rng: random.Random) -> tuple[tuple[Demand, ...], str | None
 
 
 def _place(kinds: Sequence[Demand], relation: str | None, rng: random.Random) -> tuple[Object, ...]:
-    """One or two objects anywhere on the canvas, two side by side or one above the other with a gap between them."""
+    """One or two objects anywhere on the canvas, two side by side or one above the other with a gap between them: large
+    ones at opposite edges."""
     if len(kinds) == 1:
         return (_anywhere(kinds[0], rng),)
     side = relation or _pick(rng, tuple(RELATIONS))
@@ -278,8 +279,8 @@ def _anywhere(kind: Demand, rng: random.Random) -> Object:
 
 
 def _on_lattice(low: float, high: float, rng: random.Random) -> float:
-    first, last = math.ceil(low / STEP), math.floor(high / STEP)
-    return STEP * (first + int(rng.random() * (last - first + 1)))
+    first, last = math.ceil(low / PITCH), math.floor(high / PITCH)
+    return PITCH * (first + int(rng.random() * (last - first + 1)))
 
 
 def _quarters(kinds: Sequence[Demand], rng: random.Random) -> tuple[Object, ...]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from v2flow.arrays import NextIds, NextLogits, PerPicture, VisualIds
 from v2flow.errors import V2FlowError
-from v2flow.shapes import NextIds, NextLogits, PerPicture, VisualIds
 from v2flow.t2i.sequences import Sequences, join
 from v2flow.t2i.visual_rows import hidden_states
 from v2flow.tokenizer import inference

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from v2flow.arrays import PerPicture, Pictures, VisualIds
 from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
-from v2flow.shapes import PerPicture, Pictures, VisualIds
 from v2flow.t2i.extension import VisualTokens
 from v2flow.t2i.generation import generate_ids, generation_options
 from v2flow.t2i.hub import PretrainedTextToImage

@@ -40,7 +40,7 @@ class TextToImageCallback(Callback):
     `val/generated`. When training ends, the validation shards are scored by the code of `v2flow evaluate`, with the
     averaged weights if a weight-averaging callback is there, beside ids drawn from the marginal of the training shards.
     With `shapes_pictures` the score of the tokenizer's own pictures, the ceiling, is printed before the first step.
-    Every rank computes the same; sanity checking is skipped; fast_dev_run leaves no files.
+    Every rank computes the same, but for that; sanity checking is skipped; fast_dev_run leaves no files.
 
     Args:
         retrieval_pictures: pictures of the validation shards whose captions are to be found at each validation.
@@ -127,7 +127,7 @@ class TextToImageCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Says how many scenes the tokenizer keeps: the ceiling of this training, known before its first step."""
         samples = self._samples.get("val")
-        if not self.shapes_pictures or samples is None or not shows_progress(trainer):
+        if not self.shapes_pictures or samples is None or is_dry_run(trainer) or not trainer.is_global_zero:
             return
         few = samples.first(self.shapes_pictures)
         scores = score_scenes(self.drawing.pictures(pl_module.model.tokenizer, few.ids), few.scenes or [])

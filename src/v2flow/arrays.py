@@ -1,8 +1,8 @@
 """The arrays of the public interface, each shape and kind of number named once, as a jaxtyping type.
 
 To a type checker all of them are `torch.Tensor`, and at run time they cost nothing: nothing checks them but the tests
-(and whoever decorates a function by `jaxtyping.jaxtyped`). Within one call an axis has one length wherever its letter
-stands:
+(and whoever decorates a function by `jaxtyping.jaxtyped` with a type checker). Within one call an axis has one length
+wherever its letter stands:
 
 - B pictures, the first b of which are described; S, H, W pixels along a side; C channels of a latent; h, w latent
   positions along a side, L = h·w of them row by row, M that were chosen;
@@ -44,8 +44,11 @@ PerToken = Float[Tensor, "b N"]
 TopWords = Integer[Tensor, "b N k"]
 """The most probable entries of the LLM's vocabulary, in [0, V); k is 0 where there are no words."""
 
-TopShares = Float[Tensor, "b N k"]
+TopProbabilities = Float[Tensor, "b N k"]
 """Their probabilities in [0, 1], falling."""
+
+WordProbabilities = Float[Tensor, "b N V"]
+"""Those of all entries, in the table's order."""
 
 Codebook = Float[Tensor, "K D"]
 """Unit vectors."""

@@ -1,4 +1,4 @@
-"""Arrays of the public interface: each has a name of `v2flow.shapes`, real ones fit it, and wrong ones are refused."""
+"""Arrays of the public interface: each has a name of `v2flow.arrays`, real ones fit it, and wrong ones are refused."""
 
 import inspect
 import sys
@@ -15,7 +15,7 @@ from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
 from t2i_toys import CAPTIONS, tiny_llm, tiny_tokenizer
 from torch import Tensor
 
-from v2flow import SoftTokens, V2FlowForTextToImage, V2FlowTokenizer, shapes
+from v2flow import SoftTokens, V2FlowForTextToImage, V2FlowTokenizer, arrays
 from v2flow.codec import FrozenAutoencoder, PatchCodec
 from v2flow.config import DecoderConfig, ResamplerConfig, VelocityConfig
 from v2flow.encoding import nearest_codes
@@ -30,7 +30,7 @@ MODULES = [
         "flow", "samplers", "decoding", "encoding", "t2i.text_to_image", "t2i.generation",
     )
 ]  # fmt: skip
-NAMES = {name: kind for name, kind in vars(shapes).items() if isinstance(kind, type(shapes.Pictures))}
+NAMES = {name: kind for name, kind in vars(arrays).items() if isinstance(kind, type(arrays.Pictures))}
 UNNAMED = {
     "resampler.LayerNorm2d.forward": "a layer: any channels",
     "resampler.ConvBlock.forward": "a layer",
@@ -73,7 +73,7 @@ def kinds(annotation: Any) -> Iterator[Any]:
 
 
 def named(function: Callable[..., Any]) -> set[type]:
-    """The names of `v2flow.shapes` in a signature."""
+    """The names of `v2flow.arrays` in a signature."""
     signature = inspect.signature(function)
     annotations = [parameter.annotation for parameter in signature.parameters.values()]
     found = {kind for annotation in [*annotations, signature.return_annotation] for kind in kinds(annotation)}
@@ -81,7 +81,7 @@ def named(function: Callable[..., Any]) -> set[type]:
 
 
 def problems(function: Callable[..., Any]) -> list[str]:
-    """Parameters, `return` among them, without a type, of a bare tensor's or of one that is not named in `shapes`."""
+    """Parameters, `return` among them, without a type, of a bare tensor's or of one that is not named in `arrays`."""
     signature = inspect.signature(function)
     annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     annotations = {name: kind for name, kind in annotations.items() if name not in ("self", "cls", "_cls")}
@@ -112,7 +112,7 @@ def test_every_name_is_used() -> None:
 
 
 def test_each_name_says_what_it_is() -> None:
-    lines = inspect.getsource(shapes).splitlines()
+    lines = inspect.getsource(arrays).splitlines()
     places = {line.split(" = ")[0]: number for number, line in enumerate(lines) if " = " in line}
     assert set(NAMES) <= set(places)
     assert all(lines[places[name] + 1].startswith('"""') for name in NAMES)
@@ -120,14 +120,14 @@ def test_each_name_says_what_it_is() -> None:
 
 def test_a_function_without_a_name_is_noticed() -> None:
     def bare(
-        self: Any, x: Tensor, y: Tensor | None, *z: shapes.Latents
-    ) -> tuple[shapes.Pictures, Tensor]: ...
+        self: Any, x: Tensor, y: Tensor | None, *z: arrays.Latents
+    ) -> tuple[arrays.Pictures, Tensor]: ...
 
     def untyped(x: int, y): ...  # type: ignore[no-untyped-def]
 
-    again = shapes.Float[Tensor, "B 3 S S"]
+    again = arrays.Float[Tensor, "B 3 S S"]
 
-    def elsewhere(x: again, step: Callable[[Tensor], shapes.Latents]) -> None: ...  # type: ignore[valid-type]
+    def elsewhere(x: again, step: Callable[[Tensor], arrays.Latents]) -> None: ...  # type: ignore[valid-type]
 
     assert problems(bare) == ["x", "y", "return"]
     assert problems(untyped) == ["y", "return"]
@@ -191,7 +191,7 @@ def test_a_tokenizers_own_arrays_fit(checked: None, name: str) -> None:
         rec = model.reconstruct(images, torch.Generator(), steps=2, iterations=3, guidance=1.5, solver=solver)
         assert rec.shape == images.shape
     assert len(model.decode(model.encode(images[:0]))) == 0
-    assert isinstance(model.resampler.table, shapes.EmbeddingTable)
+    assert isinstance(model.resampler.table, arrays.EmbeddingTable)
 
 
 def test_an_autoencoders_pictures_need_not_be_square(checked: None) -> None:
