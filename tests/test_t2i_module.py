@@ -127,6 +127,25 @@ def test_too_many_blocks_are_refused() -> None:
         toy_model(train="last_layers", train_layers=3)
 
 
+def test_the_whole_vocabulary_every_so_often_has_the_share_that_was_asked_for(toys: Toys) -> None:
+    """Every fourth step has it at a half of the positions; the mean gradient is that of an eighth at every step."""
+    module = make_module(toys, caption_dropout=0.0, full_share=0.125, full_every=4)
+    batch = batch_of(module.model)
+
+    def terms(step: int | None) -> dict[str, torch.Tensor]:
+        return module.losses(*batch, torch.Generator().manual_seed(0), step)
+
+    for step in (1, 2, 3, 5):
+        assert "text_mass" not in terms(step) and torch.equal(terms(step)["loss"], terms(1)["loss"])
+    half = module.model.loss(*batch, 0.5, 0.0, torch.Generator().manual_seed(0))
+    for step in (0, 4):
+        assert torch.equal(terms(step)["loss"], half.total) and half.total > terms(1)["loss"]
+    assert "text_mass" in terms(None) and terms(None)["loss"] < half.total
+    assert module.config.step_kinds() == {"whole vocabulary": (0.0, 0.25), "visual columns": (0.25, 1.0)}
+    with pytest.raises(V2FlowError, match="full_every: expected at most 1 / full_share = 8, found 9"):
+        TextToImageConfig(tokenizer="unused", full_every=9)
+
+
 def test_a_share_of_the_captions_is_dropped(toys: Toys) -> None:
     module = make_module(toys, caption_dropout=0.25)
     captions = ["one red thing"] * 4000

@@ -28,6 +28,7 @@ class TextToImageSubject(TrainingSubject):
         loader = TrainLoader(data.train_batches(), data.batch_size)  # refuses too few samples
         self.batches, self.most = loader.batches, loader.total // loader.global_batch
         self._read: dict[int, tuple[list[str], Tensor]] = {}
+        self.stages = module.config.step_kinds()
 
     def batch(self, draw: int) -> tuple[list[str], Tensor]:
         """Captions, and ids `[B, N]`; read once."""
@@ -40,9 +41,10 @@ class TextToImageSubject(TrainingSubject):
 
     def loss(self, stage: str, draw: int) -> Tensor:
         """The training loss on one batch of token shards; the draw decides batch and random numbers."""
-        captions, ids = self.batch(draw)
+        given, ids = self.batch(draw)
         generator = seeded_generator(self.device, draw)
-        return self.module.losses(self.module.drop_captions(captions, generator), ids, generator)["loss"]
+        captions = self.module.drop_captions(given, generator)
+        return self.module.losses(captions, ids, generator, step=list(self.stages).index(stage))["loss"]
 
     def release(self) -> None:
         """Lets gradients and optimiser state go."""
@@ -74,10 +76,10 @@ class TextToImageSubject(TrainingSubject):
     def time(self, draw: int) -> dict[str, float]:
         """Seconds of a training step and of drawing one batch."""
         self.module.train()
-        self.step("all", draw)  # not timed: it makes the optimiser's state anew
-        seconds = {"step all": seconds_of(partial(self.step, "all", draw), self.device)}
-        self.release()
-        return seconds | {
-            "step": seconds["step all"],
-            "generate": seconds_of(partial(self.generate, draw), self.device),
+        self.step(next(iter(self.stages)), draw)  # not timed: it makes the optimiser's state anew
+        seconds = {
+            f"step {stage}": seconds_of(partial(self.step, stage, draw), self.device) for stage in self.stages
         }
+        self.release()
+        mean = sum(seconds[f"step {stage}"] * self.share(stage) for stage in self.stages)
+        return seconds | {"step": mean, "generate": seconds_of(partial(self.generate, draw), self.device)}

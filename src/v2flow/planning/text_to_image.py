@@ -57,6 +57,7 @@ def text_to_image_training(experiment: Experiment, caption_tokens: int | None) -
         assumptions.append(
             f"captions of {config.max_caption} LLM ids, as long as they may be; see --caption-tokens"
         )
+    stages = config.step_kinds()
     mode = FakeTensorMode()
     values = make_fake(model, mode)
     model.train()
@@ -65,11 +66,11 @@ def text_to_image_training(experiment: Experiment, caption_tokens: int | None) -
     def loss(stage: str, batch_size: int, draw: int) -> Tensor:
         generator = seeded_generator(torch.device("cpu"), draw)
         ids = torch.randint(0, tokenizer.codebook_size, (batch_size, model.num_tokens), generator=generator)
-        return model.loss([None] * batch_size, ids, config.full_share, config.text_weight, generator).total
+        share = config.share_at(list(stages).index(stage))
+        return model.loss([None] * batch_size, ids, share, config.text_weight, generator).total
 
     table, head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
     whole = [*table.parameters(), *head.parameters(), *tokenizer.parameters()]
-    stages = {"all": (0.0, 1.0)}
     return Training(model, mode, stages, loss, list(find_blocks(model.llm)), values, whole, assumptions)
 
 

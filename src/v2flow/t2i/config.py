@@ -55,6 +55,9 @@ class TextToImageConfig:
     """Share of captions that are left out in training, for classifier-free guidance."""
     full_share: float = 0.125
     """Share of image positions whose softmax runs over the whole vocabulary, so that text loses its probability."""
+    full_every: int = 1
+    """Those positions are of every so-many-th step alone, and so many times as many there: what they cost beside their
+    products, reading the LLM's whole table, is then paid less often. The share of the training stays the same."""
     text_weight: float = 0.0
     """Weight of the captions' own next-token loss, which keeps the LLM's language; 0 leaves it out."""
     checkpointing: bool = False
@@ -69,7 +72,22 @@ class TextToImageConfig:
         _require(self.max_caption >= 1, "max_caption", "at least 1", self.max_caption)
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", "a share in [0, 1]", self.caption_dropout)
         _require(0 <= self.full_share <= 1, "full_share", "a share in [0, 1]", self.full_share)
+        _require(self.full_every >= 1, "full_every", "at least 1", self.full_every)
+        _require(self.full_share * self.full_every <= 1, "full_every", f"at most 1 / full_share = "
+                 f"{1 / max(self.full_share, 1e-9):g}", self.full_every)  # fmt: skip
         _require(self.text_weight >= 0, "text_weight", "a number >= 0", self.text_weight)
+
+    def share_at(self, step: int) -> float:
+        """Share of the positions of a training step whose softmax runs over the whole vocabulary."""
+        return 0.0 if step % self.full_every else self.full_share * self.full_every
+
+    def step_kinds(self) -> dict[str, tuple[float, float]]:
+        """Kinds of training steps, and the shares of the training that they take, as intervals; `share_at` of step 0 is
+        that of the first kind, of step 1 that of the second."""
+        if self.full_every == 1:
+            return {"all": (0.0, 1.0)}
+        first = 1 / self.full_every
+        return {"whole vocabulary": (0.0, first), "visual columns": (first, 1.0)}
 
 
 def _require(fits: bool, name: str, expected: str, found: object) -> None:

@@ -112,15 +112,19 @@ class TextToImageModule(SeededModule):
         self.perplexity_before = checkpoint["v2flow"].get("perplexity_before")
 
     def losses(
-        self, captions: list[str | None], ids: Tensor, generator: torch.Generator
+        self, captions: list[str | None], ids: Tensor, generator: torch.Generator, step: int | None = None
     ) -> dict[str, Tensor]:
         """Loss terms of captions (None for none) and visual token ids `[B, N]`; `loss` is what is minimised.
 
         Args:
             generator: draws the positions under the whole vocabulary.
+            step: of the training, which decides how many those are (`full_every`); None for the share as it is.
         """
-        found = self.model.loss(captions, ids, self.config.full_share, self.config.text_weight, generator)
-        terms = {"loss": found.total, "visual": found.visual, "text_mass": found.text_mass}
+        share = self.config.full_share if step is None else self.config.share_at(step)
+        found = self.model.loss(captions, ids, share, self.config.text_weight, generator)
+        terms = {"loss": found.total, "visual": found.visual}
+        if share:
+            terms["text_mass"] = found.text_mass
         return terms if found.text is None else terms | {"text": found.text}
 
     def drop_captions(self, captions: list[str], generator: torch.Generator) -> list[str | None]:
@@ -132,7 +136,8 @@ class TextToImageModule(SeededModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch of captions and ids, some captions left out."""
         generator = self.step_generator(batch_idx)
-        terms = self.losses(self.drop_captions(batch["caption"], generator), batch["ids"], generator)
+        captions = self.drop_captions(batch["caption"], generator)
+        terms = self.losses(captions, batch["ids"], generator, self.global_step)
         self.log_losses(terms, "train", len(batch["ids"]))
         return terms["loss"]
 
