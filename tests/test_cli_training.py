@@ -177,6 +177,31 @@ def test_typos_in_an_experiment_file(
     )
 
 
+SCENES = ["--config", str(Path(__file__).parents[1] / "experiments/t2i/shapes-32.yaml")]
+
+
+@pytest.mark.parametrize("option", ["layers", "pictures"])
+def test_null_is_nothing_and_not_a_text(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a class inside the model too."""
+    config = printed_config(capsys, [*SCENES, f"--model.init_args.text_to_image.{option}=null"])
+    part = config["model"]["init_args"]["text_to_image"]
+    assert part[option] is None and part["llm"] == "gemma3-270m"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optimizer.lr=null", '"optimizer.lr": expected float, found'),
+        ("optimizer.lr=fast", '"optimizer.lr": expected float, found fast;'),
+        ("text_to_image.layers=six", '"text_to_image.layers": expected int, found six;'),
+    ],
+)
+def test_another_type_is_named_with_what_was_expected(
+    word: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_line(capsys, ["fit", *SCENES, f"--model.init_args.{word}"])
+
+
 def test_condense_keeps_option_and_reason() -> None:
     message = (
         'Parser key "model":\n  Does not validate against any of the Union subtypes\n  Subtypes: [A, B]\n'

@@ -244,15 +244,28 @@ def condense(message: str) -> str:
     >>> condense("Parser key 'model':\\n  Does not validate against any of the Union subtypes\\n  Errors:\\n    - bad")
     "Parser key 'model': bad"
     """
-    message = re.split(r"\n\s*Given value type:", message)[0]
+    message, *given = re.split(r"\n\s*Given value type:", message)
     noise = re.compile(r"Does not validate against any|Subtypes:|Errors:$|Expected a <class 'NoneType'>")
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     lines = [line for line in lines if line and not noise.match(line)]
     # Where one of an option's types has said more than that it was not meant, the others have nothing to add.
     reasons = [line for line in lines[1:] if not line.startswith("Expected a <class ")]
     text = " ".join([*lines[:1], *reasons] if reasons else lines)
+    if text.endswith(":") and given:  # an option of a class's own class, of which it says the type alone
+        kinds = dict.fromkeys(re.findall(r"Expected a <class '(?!NoneType)([\w.]+)'>", message))
+        found = re.search(r"Given value: (?:NestedArg\(.*val=)?'?(.*?)'?\)?(?:\n|$)", given[0])
+        text += f" expected {' or '.join(kinds)}, found {found[1] if found else 'another type'}"
     text = re.sub(r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"unknown option '\1.\2'", text)
     return text.replace("unrecognized arguments:", "unknown option")
+
+
+def _nested_null(word: str) -> str:
+    """`--model.init_args.part.option=null` as a mapping: of options so deep the parser makes the text `None` instead.
+
+    >>> _nested_null("--model.init_args.text_to_image.layers=null")
+    '--model.init_args.text_to_image={layers: null}'
+    """
+    return re.sub(r"^(--\w+\.init_args(?:\.\w+)+)\.(\w+)=null$", r"\1={\2: null}", word)
 
 
 @contextmanager
@@ -261,7 +274,7 @@ def _command_line(arguments: list[str]) -> Iterator[None]:
     before = sys.argv
     # Lightning's launcher starts other ranks with the first word, where the command is a script and not a module.
     command = before[0] if Path(before[0]).name == "v2flow" else "v2flow"
-    sys.argv = [command, *arguments]
+    sys.argv = [command, *map(_nested_null, arguments)]
     try:
         yield
     finally:
