@@ -191,7 +191,6 @@ def test_null_is_nothing_and_not_a_text(option: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("optimizer.lr=null", '"optimizer.lr": expected float, found'),
         ("optimizer.lr=fast", '"optimizer.lr": expected float, found fast;'),
         ("text_to_image.layers=six", '"text_to_image.layers": expected int, found six;'),
     ],
