@@ -80,7 +80,7 @@ def test_degraded_renderings(kind: str, scenes: list[Scene], pictures: np.ndarra
     if kind == "jpeg":
         degraded = np.stack([jpeg(picture) for picture in pictures]).astype(float)
     elif kind == "patches":
-        degraded = project_patches(pictures, 9)
+        degraded = project_patches(pictures, 10)
     else:
         sigma = float(kind.split()[1])
         degraded = gaussian_filter(pictures.astype(float), (0, sigma, sigma, 0)) + noise(pictures, 26)

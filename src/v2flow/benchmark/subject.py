@@ -61,6 +61,13 @@ class TrainingSubject:
         torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
         self.optimizer.step()
 
+    def step_seconds(self, draw: int) -> dict[str, float]:
+        """Seconds of each stage's step, and of their mean `step`, once."""
+        seconds = {
+            f"step {stage}": seconds_of(partial(self.step, stage, draw), self.device) for stage in self.stages
+        }
+        return seconds | {"step": sum(self.share(stage) * seconds[f"step {stage}"] for stage in self.stages)}
+
     def flops(self, stage: str, draw: int) -> int:
         """FLOPs of forward and backward."""
         return count_flops(lambda: self.loss(stage, draw).backward())
@@ -116,10 +123,7 @@ class Subject(TrainingSubject):
     def time(self, draw: int) -> dict[str, float]:
         """Seconds of each stage's step, of encoding, and of each way to decode, once."""
         self.module.train()
-        seconds = {
-            f"step {stage}": seconds_of(partial(self.step, stage, draw), self.device) for stage in self.stages
-        }
-        seconds["step"] = sum(self.share(stage) * seconds[f"step {stage}"] for stage in self.stages)
+        seconds = self.step_seconds(draw)
         self.module.eval()
         seconds["encode"] = seconds_of(self.encode, self.device)
         for mode in self.module.decode_modes:

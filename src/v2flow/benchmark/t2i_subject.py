@@ -44,7 +44,7 @@ class TextToImageSubject(TrainingSubject):
         given, ids = self.batch(draw)
         generator = seeded_generator(self.device, draw)
         captions = self.module.drop_captions(given, generator)
-        return self.module.losses(captions, ids, generator, step=list(self.stages).index(stage))["loss"]
+        return self.module.losses(captions, ids, generator, self.module.config.step_of(stage))["loss"]
 
     def release(self) -> None:
         """Lets gradients and optimiser state go."""
@@ -77,9 +77,6 @@ class TextToImageSubject(TrainingSubject):
         """Seconds of a training step and of drawing one batch."""
         self.module.train()
         self.step(next(iter(self.stages)), draw)  # not timed: it makes the optimiser's state anew
-        seconds = {
-            f"step {stage}": seconds_of(partial(self.step, stage, draw), self.device) for stage in self.stages
-        }
+        seconds = self.step_seconds(draw)
         self.release()
-        mean = sum(seconds[f"step {stage}"] * self.share(stage) for stage in self.stages)
-        return seconds | {"step": mean, "generate": seconds_of(partial(self.generate, draw), self.device)}
+        return seconds | {"generate": seconds_of(partial(self.generate, draw), self.device)}

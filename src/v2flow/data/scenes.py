@@ -287,8 +287,8 @@ def _quarters(kinds: Sequence[Demand], rng: random.Random) -> tuple[Object, ...]
     """Each object somewhere in its own quarter of the canvas, so that four can be told apart at 32 pixels."""
     quarters = sorted(((0, 0), (0, 1), (1, 0), (1, 1)), key=lambda _: rng.random())
     objects = []
+    reach = REACH * SIZES["small"]
     for kind, (right, low) in zip(kinds, quarters, strict=False):
-        reach = REACH * SIZES["small"]
         x, y = (_on_lattice(reach + _MARGIN, 0.5 - reach - _GAP / 2, rng) for _ in range(2))
         objects.append(_object(kind, 1 - x if right else x, 1 - y if low else y))
     return tuple(objects)

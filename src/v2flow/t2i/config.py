@@ -82,12 +82,15 @@ class TextToImageConfig:
         return 0.0 if step % self.full_every else self.full_share * self.full_every
 
     def step_kinds(self) -> dict[str, tuple[float, float]]:
-        """Kinds of training steps, and the shares of the training that they take, as intervals; `share_at` of step 0 is
-        that of the first kind, of step 1 that of the second."""
+        """Kinds of training steps, and the shares of the training that they take, as intervals."""
         if self.full_every == 1:
             return {"all": (0.0, 1.0)}
         first = 1 / self.full_every
         return {"whole vocabulary": (0.0, first), "visual columns": (first, 1.0)}
+
+    def step_of(self, kind: str) -> int:
+        """The first training step of a kind."""
+        return list(self.step_kinds()).index(kind)
 
 
 def _require(fits: bool, name: str, expected: str, found: object) -> None:
