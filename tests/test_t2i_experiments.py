@@ -34,6 +34,7 @@ def test_all_are_here() -> None:
     assert {path.stem for path in EXPERIMENTS} == {
         "openmoji-32-gemma270m",
         "shapes-32",
+        "shapes-32-gemma270m",
         "reference-llama2-7b",
     }
 

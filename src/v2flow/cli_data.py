@@ -104,7 +104,7 @@ def _add_shapes(kinds: Any) -> None:
     parser = _add_kind(kinds, "shapes", run_shapes, summary)
     default = Path("data/shapes")
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: data/shapes")
-    for split, count in (("train", 20000), ("val", 1200), ("test", 1200)):
+    for split, count in (("train", 60000), ("val", 1200), ("test", 1200)):
         help = f"pictures in {split}; default: {count}"
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=help)
     parser.add_argument("--size", type=int, default=32, metavar="PX", help="side of a picture; default: 32")

@@ -87,7 +87,7 @@ def render(scene: Scene, size: int = 32) -> np.ndarray:
 
 def build_shapes(
     out: str | Path,
-    train: int = 20000,
+    train: int = 60000,
     val: int = 1200,
     test: int = 1200,
     size: int = 32,
