@@ -177,7 +177,7 @@ def test_typos_in_an_experiment_file(
     )
 
 
-SCENES = ["--config", str(Path(__file__).parents[1] / "experiments/t2i/shapes-32.yaml")]
+SCENES = ["--config", str(Path(__file__).parents[1] / "experiments/t2i/shapes-32-gemma270m.yaml")]
 
 
 @pytest.mark.parametrize("option", ["layers", "pictures"])

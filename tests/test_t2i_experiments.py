@@ -73,7 +73,7 @@ def test_its_tokenizer_is_an_experiment_of_ours(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_experiment_is_built(path: Path, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a small tokenizer, its token shards, and a small LLM of Gemma's kind in place of Gemma."""
+    """With a small tokenizer, its token shards, and a small LLM of Gemma's kind in place of Gemma; GPT-2 as it is."""
     asked: dict[str, Any] = {}
 
     def load(source: str, **options: Any) -> tuple[Any, Any]:
@@ -81,16 +81,21 @@ def test_experiment_is_built(path: Path, toys: Toys, tmp_path: Path, monkeypatch
         words = tiny_tokenizer()
         return tiny_llm("gemma3", len(words)), words
 
-    monkeypatch.setattr(build, "load_language_model", load)
+    text_to_image = yaml.safe_load(path.read_text())["model"]["init_args"]["text_to_image"]
+    from_scratch = text_to_image["llm"].startswith("gpt2-style:")
+    if not from_scratch:
+        monkeypatch.setattr(build, "load_language_model", load)
     folder = tmp_path / "tokenizer"
     toy_tokenizer(dim=32).save_pretrained(folder)
     options = ["--model.init_args.text_to_image.train_layers=1"]
+    if from_scratch:
+        options.append(f"--model.init_args.text_to_image.pictures={toys.pictures}")
     data = [f"--data.{split}={toys.shards(split)}" for split in ("train", "val", "test")]
     module, datamodule = build_experiment(
         ["--config", str(path), f"--model.init_args.text_to_image.tokenizer={folder}", *options, *data]
     )
     assert isinstance(module, TextToImageModule) and isinstance(datamodule, TokenDataModule)
-    assert asked["source"] == "gemma3-270m"
+    assert from_scratch or asked["source"] == "gemma3-270m"
     assert module.model.tokens.num_visual == 32
     batch = next(iter(datamodule.train_dataloader()))
     loss = module.losses(batch["caption"], batch["ids"], torch.Generator().manual_seed(0))["loss"]

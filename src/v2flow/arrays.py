@@ -41,6 +41,9 @@ TokenStates = Float[Tensor, "B N W"]
 PerToken = Float[Tensor, "b N"]
 """A number a token: entropy in nats, or the lead of the nearest code in cosine, in [0, 2]."""
 
+TokenFlags = Bool[Tensor, "B N"]
+"""True for tokens that are chosen."""
+
 TopWords = Integer[Tensor, "b N k"]
 """The most probable entries of the LLM's vocabulary, in [0, V); k is 0 where there are no words."""
 

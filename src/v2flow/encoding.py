@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from v2flow.arrays import Codebook, Latents, PerToken, TokenEmbeddings, VisualIds
+from v2flow.arrays import Codebook, Latents, PerToken, TokenEmbeddings, TokenFlags, VisualIds
 from v2flow.resampler import VisualVocabularyResampler
 from v2flow.vocabulary_attention import SoftDistribution
 
@@ -22,11 +22,15 @@ def soft_tokens(
     dtype: torch.dtype,
     described: int | None,
     top: int = 1,
+    chosen: TokenFlags | None = None,
 ) -> SoftDistribution:
-    """What the resampler, in evaluation mode, makes of latents `[B, C, h, w]` when all of it is computed in `dtype`."""
+    """What the resampler, in evaluation mode, makes of latents `[B, C, h, w]` when all of it is computed in `dtype`.
+
+    The options are those of `VisualVocabularyResampler.forward`.
+    """
     state = dict(resampler.named_parameters()) | dict(resampler.named_buffers())
     state = {name: value.to(dtype) for name, value in state.items()}
-    options = {"described": described, "top": top}
+    options = {"described": described, "top": top, "chosen": chosen}
     found: SoftDistribution = functional_call(resampler, state, (latents.to(dtype),), options)
     return found
 
@@ -42,8 +46,8 @@ def nearest_codes(embeddings: TokenEmbeddings, codes: Codebook) -> tuple[VisualI
 def encode_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents) -> VisualIds:
     """Ids `[B, N]` of latents `[B, C, h, w]`, those of double precision; codes are `[K, D]` unit vectors.
 
-    Rounding depends on batch size, order and threads. Pictures of which no token lies near the border between two codes
-    keep their ids from single precision; the others are computed again. Hard tokens jump where two words are equally
+    Rounding depends on batch size, order and threads. Tokens that do not lie near the border between two codes keep their
+    ids from single precision; the others are computed again. Hard tokens jump where two words are equally
     probable, which no distance between codes shows: they are computed in double precision throughout.
     """
     if resampler.config.hard:
@@ -54,12 +58,16 @@ def encode_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: L
     table = resampler.table
     rows = torch.linalg.vector_norm(table, dtype=torch.float32) / len(table) ** 0.5  # without a copy of it
     shortness = (rows / embeddings.norm(dim=-1)).clamp_min(1.0)
-    near = ~(lead > MARGIN * torch.finfo(torch.float32).eps * shortness).all(dim=-1)
-    if near.any():
-        ids[near] = double_ids(resampler, codes, latents[near])
+    near = ~(lead > MARGIN * torch.finfo(torch.float32).eps * shortness)
+    pictures = near.any(dim=-1)
+    if pictures.any():
+        ids[near] = double_ids(resampler, codes, latents[pictures], near[pictures])[0]
     return ids
 
 
-def double_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents) -> VisualIds:
-    """`encode_ids` in double precision throughout."""
-    return nearest_codes(soft_tokens(resampler, latents, torch.float64, described=0).embeddings, codes)[0]
+def double_ids(
+    resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents, chosen: TokenFlags | None = None
+) -> VisualIds:
+    """`encode_ids` in double precision throughout; with `chosen` `[B, N]`, ids of these tokens only, `[1, n]`."""
+    soft = soft_tokens(resampler, latents, torch.float64, described=0, chosen=chosen)
+    return nearest_codes(soft.embeddings, codes)[0]

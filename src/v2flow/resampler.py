@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from v2flow.arrays import EmbeddingTable, Latents, TokenStates
+from v2flow.arrays import EmbeddingTable, Latents, TokenFlags, TokenStates
 from v2flow.config import ResamplerConfig
 from v2flow.vocabulary_attention import SoftDistribution, vocabulary_attention
 from v2flow.vocabulary_logits import GumbelNoise, Logits, block_shape
@@ -104,6 +104,7 @@ class VisualVocabularyResampler(nn.Module):
         generator: torch.Generator | None = None,
         described: int | None = None,
         top: int = 1,
+        chosen: TokenFlags | None = None,
     ) -> SoftDistribution:
         """Latents `[B, C, h, w]` to distributions; Gumbel noise only in training mode.
 
@@ -114,8 +115,11 @@ class VisualVocabularyResampler(nn.Module):
             generator: source of the noise.
             described: pictures whose entropy and most probable words are wanted, the first so many; None = all.
             top: words of each token.
+            chosen: only these tokens of `[B, N]`, as those of one picture; None = all.
         """
         features = self.encoder(latents)
+        if chosen is not None:
+            features = features[chosen][None]
         if self.config.readout == "none":
             queries = self.query(features)
             nothing = queries.detach()[:described, :, :0]
