@@ -91,6 +91,7 @@ def test_experiment_is_built(path: Path, toys: Toys, tmp_path: Path, monkeypatch
     if from_scratch:
         options.append(f"--model.init_args.text_to_image.pictures={toys.pictures}")
     data = [f"--data.{split}={toys.shards(split)}" for split in ("train", "val", "test")]
+    data.append("--data.batch_size=8")  # of 24 toys
     module, datamodule = build_experiment(
         ["--config", str(path), f"--model.init_args.text_to_image.tokenizer={folder}", *options, *data]
     )

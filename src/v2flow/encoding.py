@@ -46,8 +46,8 @@ def nearest_codes(embeddings: TokenEmbeddings, codes: Codebook) -> tuple[VisualI
 def encode_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents) -> VisualIds:
     """Ids `[B, N]` of latents `[B, C, h, w]`, those of double precision; codes are `[K, D]` unit vectors.
 
-    Rounding depends on batch size, order and threads. Tokens that do not lie near the border between two codes keep their
-    ids from single precision; the others are computed again. Hard tokens jump where two words are equally
+    Rounding depends on batch size, order and threads. Tokens that do not lie near the border between two codes keep
+    their ids from single precision; the others are computed again. Hard tokens jump where two words are equally
     probable, which no distance between codes shows: they are computed in double precision throughout.
     """
     if resampler.config.hard:
