@@ -9,6 +9,7 @@ import v2flow.encoding
 from v2flow.config import ResamplerConfig
 from v2flow.encoding import double_ids, encode_ids, nearest_codes, soft_tokens
 from v2flow.tokenizer import V2FlowTokenizer
+from v2flow.vocabulary_attention import SoftDistribution
 
 RESAMPLERS = {
     "keys": {},
@@ -33,15 +34,18 @@ def small_model(**options: object) -> V2FlowTokenizer:
 
 @pytest.fixture
 def recomputed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of `double_ids` had."""
+    """How many tokens were computed in double precision, call by call."""
     counts: list[int] = []
 
-    def counting(*given: Tensor) -> Tensor:
-        found = double_ids(*given)
-        counts.append(found.numel())
+    def counting(
+        resampler: object, latents: Tensor, dtype: torch.dtype, **options: object
+    ) -> SoftDistribution:
+        found = soft_tokens(resampler, latents, dtype, **options)
+        if dtype == torch.float64:
+            counts.append(found.embeddings[..., 0].numel())
         return found
 
-    monkeypatch.setattr(v2flow.encoding, "double_ids", counting)
+    monkeypatch.setattr(v2flow.encoding, "soft_tokens", counting)
     return counts
 
 
@@ -51,8 +55,8 @@ def test_ids_are_those_of_double_precision(name: str, recomputed: list[int]) -> 
     latents = model.codec.encode(pictures(96, seed=7))
     codes = model.visual_vocabulary.codes
     ids = encode_ids(model.resampler, codes, latents)
-    assert torch.equal(ids, double_ids(model.resampler, codes, latents)) and len(ids.unique()) > 5
     assert sum(recomputed) == 96 * 8 if name == "hard" else sum(recomputed) < 24
+    assert torch.equal(ids, double_ids(model.resampler, codes, latents)) and len(ids.unique()) > 5
 
 
 def test_a_token_between_two_codes_is_computed_in_double(recomputed: list[int]) -> None:

@@ -61,13 +61,12 @@ def encode_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: L
     near = ~(lead > MARGIN * torch.finfo(torch.float32).eps * shortness)
     pictures = near.any(dim=-1)
     if pictures.any():
-        ids[near] = double_ids(resampler, codes, latents[pictures], near[pictures])[0]
+        chosen = near[pictures]
+        again = soft_tokens(resampler, latents[pictures], torch.float64, described=0, chosen=chosen)
+        ids[near] = nearest_codes(again.embeddings, codes)[0][0]
     return ids
 
 
-def double_ids(
-    resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents, chosen: TokenFlags | None = None
-) -> VisualIds:
-    """`encode_ids` in double precision throughout; with `chosen` `[B, N]`, ids of these tokens only, `[1, n]`."""
-    soft = soft_tokens(resampler, latents, torch.float64, described=0, chosen=chosen)
-    return nearest_codes(soft.embeddings, codes)[0]
+def double_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents) -> VisualIds:
+    """`encode_ids` in double precision throughout."""
+    return nearest_codes(soft_tokens(resampler, latents, torch.float64, described=0).embeddings, codes)[0]
