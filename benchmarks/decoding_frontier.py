@@ -51,7 +51,7 @@ from v2flow.probes.frontier import (
     tune,
 )
 from v2flow.tokenizer import V2FlowTokenizer
-from v2flow.training.checkpoint import load_model
+from v2flow.training.checkpoint import load_tokenizer
 
 LITERAL_ROW = "literal"
 """The reference's settings; the tuned ones have names that begin so."""
@@ -320,10 +320,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(words)
-    model, info = load_model(options.checkpoint)
-    if not isinstance(model, V2FlowTokenizer):
-        raise V2FlowError(f"{options.checkpoint}: expected a V2FlowTokenizer, found a {info['model']}")
-    frontier = Frontier(model.to(pick_device()), options)
+    frontier = Frontier(load_tokenizer(options.checkpoint).to(pick_device()), options)
     found = frontier.run()
     (options.out / "README.md").write_text(tables(frontier.document), encoding="utf-8")
     (options.out / "frontier.svg").write_text(plot(frontier.document) + "\n", encoding="utf-8")

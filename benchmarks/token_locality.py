@@ -10,18 +10,16 @@ but its patch, and what an LLM cannot know from the picture's content alone. The
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
+from scipy.stats import entropy
 from torch import Tensor
 
 from v2flow.evaluate import describe_shards, evaluation_loader
 from v2flow.fingerprint import tokenizer_sha256
 from v2flow.images import to_uint8
-from v2flow.tokenizer import V2FlowTokenizer
-from v2flow.training.checkpoint import load_model
+from v2flow.training.checkpoint import load_tokenizer
 
 
 def patches(pictures: Tensor, grid: tuple[int, int]) -> list[bytes]:
@@ -30,13 +28,6 @@ def patches(pictures: Tensor, grid: tuple[int, int]) -> list[bytes]:
     high, wide = pictures.shape[-2] // rows, pictures.shape[-1] // columns
     cells = pictures.unfold(2, high, high).unfold(3, wide, wide).permute(0, 2, 3, 1, 4, 5)
     return [cell.tobytes() for cell in cells.reshape(-1, 3 * high * wide).numpy()]
-
-
-def entropy(counts: Iterable[int]) -> float:
-    """Nats of the distribution that was counted."""
-    shares = np.array(list(counts), dtype=float)
-    shares /= shares.sum()
-    return float(-(shares * np.log(shares)).sum())
 
 
 def locality(ids: list[int], cells: list[bytes]) -> dict[str, Any]:
@@ -48,18 +39,16 @@ def locality(ids: list[int], cells: list[bytes]) -> dict[str, Any]:
     tokens = sum(counts.total() for counts in repeated)
     return {
         "tokens": len(ids), "patches": len(by_patch), "repeated_tokens": tokens,
-        "ids": len(set(ids)), "entropy": entropy(Counter(ids).values()),
-        "given_patch": sum(counts.total() * entropy(counts.values()) for counts in repeated) / max(tokens, 1),
+        "ids": len(set(ids)), "entropy": float(entropy(list(Counter(ids).values()))),
+        "given_patch": float(sum(c.total() * entropy(list(c.values())) for c in repeated)) / max(tokens, 1),
         "most_frequent_id": sum(max(counts.values()) for counts in repeated) / max(tokens, 1),
     }  # fmt: skip
 
 
 def measure(checkpoint: str, data: list[str], count: int) -> dict[str, Any]:
     """Figures of a tokenizer on the first pictures."""
-    model, info = load_model(checkpoint)
-    if not isinstance(model, V2FlowTokenizer):
-        raise SystemExit(f"{checkpoint}: expected a V2FlowTokenizer, found a {info['model']}")
-    config = model.eval().config
+    model = load_tokenizer(checkpoint)
+    config = model.config
     ids: list[int] = []
     cells: list[bytes] = []
     for batch in evaluation_loader(data, config.image_size, 64, count):

@@ -87,9 +87,8 @@ def test_experiment_is_built(path: Path, toys: Toys, tmp_path: Path, monkeypatch
         monkeypatch.setattr(build, "load_language_model", load)
     folder = tmp_path / "tokenizer"
     toy_tokenizer(dim=32).save_pretrained(folder)
-    options = ["--model.init_args.text_to_image.train_layers=1"]
-    if from_scratch:
-        options.append(f"--model.init_args.text_to_image.pictures={toys.pictures}")
+    text = "--model.init_args.text_to_image"
+    options = [f"{text}.train_layers=1", f"{text}.pictures={toys.pictures}"]
     data = [f"--data.{split}={toys.shards(split)}" for split in ("train", "val", "test")]
     data.append("--data.batch_size=8")  # of 24 toys
     module, datamodule = build_experiment(

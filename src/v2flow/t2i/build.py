@@ -29,7 +29,10 @@ def build_text_to_image(config: TextToImageConfig, llm_tokenizer: str | None = N
         V2FlowError: a tokenizer or an LLM that cannot be loaded or does not fit, or `config.pictures` missing where
             pictures are needed.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    from v2flow.training.checkpoint import load_tokenizer
+
+    where = f"option text_to_image.tokenizer: {config.tokenizer}"
+    tokenizer = load_tokenizer(config.tokenizer, where)
     small = config.llm.startswith(PREFIX)
     llm, words_tokenizer = load_language_model(
         config.llm,
@@ -66,22 +69,6 @@ def assemble(
     if config.checkpointing:
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return V2FlowForTextToImage(tokenizer, llm, llm_tokenizer, tokens, rows, config.max_caption)
-
-
-def load_tokenizer(path: str) -> V2FlowTokenizer:
-    """The V2Flow tokenizer of a checkpoint or exported folder, in evaluation mode.
-
-    Raises:
-        V2FlowError: none there, or another model.
-    """
-    from v2flow.training.checkpoint import load_model
-
-    tokenizer, info = load_model(path)
-    if not isinstance(tokenizer, V2FlowTokenizer):
-        raise V2FlowError(
-            f"option text_to_image.tokenizer: {path}: expected a V2FlowTokenizer, found a {info['model']}"
-        )
-    return tokenizer
 
 
 def _shards(config: TextToImageConfig, needed_by: str) -> ShardSet:

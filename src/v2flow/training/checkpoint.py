@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from v2flow.hub import (
     read_weights,
 )
 from v2flow.training.checkpoint_files import usable_checkpoint
+
+if TYPE_CHECKING:
+    from v2flow.tokenizer import V2FlowTokenizer
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -163,6 +166,23 @@ def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tupl
     built = build_model(info, str(path))
     load_weights(built, model_weights(checkpoint, weights), str(path))
     return built.eval(), info | {"step": checkpoint.get("global_step")}
+
+
+def load_tokenizer(path: str | Path, where: str | None = None) -> "V2FlowTokenizer":
+    """The V2Flow tokenizer of a .ckpt file (averaged weights) or an exported folder, in evaluation mode.
+
+    Args:
+        where: begins the message when there is another model; `path` by default.
+
+    Raises:
+        V2FlowError: none there, or another model.
+    """
+    from v2flow.tokenizer import V2FlowTokenizer
+
+    tokenizer, info = load_model(path)
+    if not isinstance(tokenizer, V2FlowTokenizer):
+        raise V2FlowError(f"{where or path}: expected a V2FlowTokenizer, found a {info['model']}")
+    return tokenizer
 
 
 def initialise_from(model: nn.Module, path: str | Path) -> None:
