@@ -2,7 +2,9 @@
 
 import json
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from v2flow.data.decode import decode_image
 from v2flow.data.loaders import EvaluationLoader
 from v2flow.data.scenes import (
     COLOURS,
+    INK,
+    LEVELS,
     PITCH,
     RELATIONS,
     SHAPES,
@@ -38,22 +42,27 @@ SHAPE_OF = {word: word for word in SHAPES} | {f"{word}s": word for word in SHAPE
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 
 
-def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
-    return [sample_scene(seed, split, index) for index in range(count)]
+def scenes(split: str, count: int, seed: int = 0, level: str = "things") -> list[Scene]:
+    return [sample_scene(seed, split, index, level) for index in range(count)]
 
 
 def test_what_is_held_out() -> None:
     """Written out: the figures of two versions compare only if it stays as it is."""
-    out = held_out()
-    assert out.pairs == {
-        ("red", "bar"),
-        ("green", "cross"),
-        ("blue", "ring"),
-        ("yellow", "circle"),
-        ("purple", "square"),
-        ("black", "triangle"),
+    assert held_out().things == {
+        ("small", "red", "bar"),
+        ("large", "red", "cross"),
+        ("small", "green", "cross"),
+        ("large", "green", "ring"),
+        ("small", "blue", "ring"),
+        ("large", "blue", "circle"),
+        ("small", "yellow", "circle"),
+        ("large", "yellow", "square"),
+        ("small", "purple", "square"),
+        ("large", "purple", "triangle"),
     }
-    assert sorted(sorted(duo) for duo in out.duos) == [
+    pairs = {("red", "bar"), ("green", "cross"), ("blue", "ring"), ("yellow", "circle"), ("purple", "square")}
+    assert held_out("pairs").things == {(size, *pair) for size in SIZES for pair in pairs}
+    assert sorted(sorted(duo) for duo in held_out().duos) == [
         ["bar", "circle"],
         ["bar", "ring"],
         ["circle", "square"],
@@ -61,27 +70,43 @@ def test_what_is_held_out() -> None:
         ["cross", "triangle"],
         ["square", "triangle"],
     ]
+    assert held_out("pairs").duos == held_out().duos
 
 
-def test_training_never_shows_a_held_out_combination_and_every_test_caption_names_one() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_training_never_shows_a_held_out_combination_and_every_test_caption_names_one(level: str) -> None:
     """Checked on what is drawn, with no help from the sampler's own rule."""
-    out = held_out()
+    out = held_out(level)
 
-    def forbidden(things: tuple[Object, ...] | tuple[Demand, ...]) -> bool:
-        pairs = any((thing.colour, thing.shape) in out.pairs for thing in things)
-        return pairs or any({a.shape, b.shape} in out.duos for a in things for b in things)
+    def things(scene: Scene) -> set[tuple[str, str, str]]:
+        return {(o.size_word, o.colour, o.shape) for o in scene.objects}
 
-    train = scenes("train", 20_000)
-    assert not any(forbidden(scene.objects) for scene in train + scenes("val", 3_000))
-    test = scenes("test", 3_000)
-    assert all(forbidden(scene.demands) for scene in test)
+    def duos(scene: Scene) -> set[frozenset[str]]:
+        shapes = {o.shape for o in scene.objects}
+        return {frozenset(duo) for duo in combinations(sorted(shapes), 2)}
+
+    train = scenes("train", 20_000, level=level)
+    shown = train + scenes("val", 3_000, level=level)
+    assert not any(things(scene) & out.things or duos(scene) & out.duos for scene in shown)
+    test = scenes("test", 3_000, level=level)
+    for scene in test:
+        said = {(size, d.colour, d.shape) for d in scene.demands for size in SIZES if d.size in (None, size)}
+        certain = [t for t in said if {t, *((s, *t[1:]) for s in SIZES if (s, *t[1:]) in said)} <= out.things]
+        assert certain or duos(scene) & out.duos
+        assert things(scene) & out.things or duos(scene) & out.duos
     assert not {scene.group for scene in train} & {scene.group for scene in test}
     assert not {scene.caption for scene in train} & {scene.caption for scene in test}
     # Whatever is not held out is seen, so that training can teach each part of a combination.
-    seen = {(o.colour, o.shape) for scene in train for o in scene.objects}
-    assert len(seen) == len(COLOURS) * len(SHAPES) - len(out.pairs)
-    duos = {frozenset(o.shape for o in scene.objects) for scene in train if scene.task == "color_attr"}
-    assert len(duos) == 15 - len(out.duos)
+    seen = set().union(*map(things, train))
+    assert len(seen) == len(SIZES) * len(COLOURS) * len(SHAPES) - len(out.things)
+    assert len({(colour, shape) for _, colour, shape in seen}) == (36 if level == "things" else 31)
+    assert len(set().union(*map(duos, train))) == 15 - len(out.duos)
+
+
+def test_what_has_no_colour_in_its_caption_is_black() -> None:
+    for scene in scenes("train", 3_000) + scenes("test", 600):
+        for thing, demand in zip(scene.objects, scene.demands, strict=True):
+            assert thing.colour == (demand.colour or INK)
 
 
 def test_tasks_and_attributes_are_balanced() -> None:
@@ -92,7 +117,8 @@ def test_tasks_and_attributes_are_balanced() -> None:
     assert set(counts) == {1, 2, 3, 4} and set(relations) == set(RELATIONS)
     assert min(*counts.values(), *relations.values()) > 200
     colours = Counter(scene.objects[0].colour for scene in train)
-    assert set(colours) == set(COLOURS) and min(colours.values()) > 800
+    # A third of the captions say no colour.
+    assert set(colours) == set(COLOURS) and min(colours.values()) > 500 and colours[INK] > 2_000
     assert len({scene.caption for scene in train}) > 1_000
 
 
@@ -104,7 +130,8 @@ def test_captions_say_what_is_demanded_and_drawn(split: str) -> None:
         assert shapes == list(dict.fromkeys(demand.shape for demand in scene.demands))
         colours = [demand.colour for demand in scene.demands if demand.colour]
         assert [word for word in words if word in COLOURS] == list(dict.fromkeys(colours))
-        assert [word for word in words if word in SIZES] == [d.size for d in scene.demands if d.size]
+        sizes = [demand.size for demand in scene.demands if demand.size]
+        assert [word for word in words if word in SIZES] == list(dict.fromkeys(sizes))
         numbers = [NUMBERS[word] for word in words if word in NUMBERS]
         assert numbers == ([len(scene.objects)] if scene.task == "counting" else [])
         if scene.relation:
@@ -115,7 +142,7 @@ def test_captions_say_what_is_demanded_and_drawn(split: str) -> None:
 def test_a_sample_is_a_pure_function_of_seed_split_and_index() -> None:
     last_first = [sample_scene(3, "train", index) for index in reversed(range(50))]
     assert last_first[::-1] == scenes("train", 50, seed=3)
-    first = Object("cross", "yellow", 13 / 32, 0.5625, 0.75)
+    first = Object("cross", "black", 13 / 32, 0.5625, 0.75)
     second = Object("circle", "black", 13 / 32, 0.75, 0.25)
     caption, demands = "a cross below a circle", (Demand("cross"), Demand("circle"))
     # Written out, so that it is also the same on another machine and in the next version.
@@ -204,6 +231,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "counts.json").read_text()) == {
         "samples": dict.fromkeys(("train", "val", "test"), 6)
     }
+    assert main(["data", "shapes", "--out", str(out), *options, "--held-out", "pairs"]) == 2
+    assert "held_out" in capsys.readouterr().err
+    pairs = tmp_path / "pairs"
+    assert main(["data", "shapes", "--out", str(pairs), *options, "--held-out", "pairs"]) == 0
+    assert read_scenes(f"{pairs}/test-*.tar") == scenes("test", 6, level="pairs") != scenes("test", 6)
+    capsys.readouterr()
     assert main(["data", "shapes", "--out", str(tmp_path / "other"), "--size", "8"]) == 2
     assert "at least 16 pixels" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
@@ -216,9 +249,10 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"train": 0, "val": 0, "test": 0}, "train, val, test"),
         ({"size": 15}, "size, seed"),
         ({"seed": -1}, "size, seed"),
+        ({"level": "all"}, "held_out: expected one of things, pairs, found 'all'"),
     ],
 )
-def test_options_out_of_range(tmp_path: Path, options: dict[str, int], words: str) -> None:
+def test_options_out_of_range(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(V2FlowError, match=words):
         build_shapes(tmp_path / "set", progress=False, **options)
 

@@ -109,6 +109,13 @@ def _add_shapes(kinds: Any) -> None:
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=help)
     parser.add_argument("--size", type=int, default=32, metavar="PX", help="side of a picture; default: 32")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples; default: 0")
+    parser.add_argument(
+        "--held-out",
+        choices=("things", "pairs"),
+        default="things",
+        help="what training never shows, beside some pairs of shapes: things (size, colour, shape) that it shows in "
+        "the other size, or pairs (colour, shape) in no size; default: things",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
 
 
@@ -173,7 +180,13 @@ def run_shapes(options: argparse.Namespace) -> None:
     from v2flow.data.shapes import build_shapes
 
     counts = build_shapes(
-        options.out, options.train, options.val, options.test, size=options.size, seed=options.seed
+        options.out,
+        options.train,
+        options.val,
+        options.test,
+        size=options.size,
+        seed=options.seed,
+        level=options.held_out,
     )
     _write(options.json, {"samples": counts})
     print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")

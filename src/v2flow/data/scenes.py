@@ -25,6 +25,9 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 """8-bit RGB on a white canvas."""
+INK = "black"
+"""The colour of things whose colour the caption does not say. Were it any, those of held-out combinations would be
+missing from it, and what training never says it would still teach: to avoid them."""
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 SIZES = {"small": 9 / 32, "large": 13 / 32}
 """Diameters in sides of the canvas."""
@@ -43,13 +46,15 @@ MAX_COUNT = 4
 REACH = 0.55
 """No shape reaches farther from its centre along an axis, in diameters."""
 HELD_OUT_SEED = 0
+LEVELS = ("things", "pairs")
+"""How new a held-out thing is, see :func:`held_out`."""
 _SAID = {
     "single_object": ((), ("size",), ("size", "colour")),
-    "colors": (("colour",),),
+    "colors": (("colour",), ("size", "colour")),
     "two_object": ((),),
     "color_attr": (("colour",),),
     "position": ((), ("colour",)),
-    "counting": ((), ("colour",)),
+    "counting": ((), ("colour",), ("size", "colour")),
 }
 """Attributes beside the shape that a caption may name, by task."""
 _NUMBERS = ("one", "two", "three", "four")
@@ -116,8 +121,8 @@ class Scene:
 
     @property
     def group(self) -> str:
-        """The combination of attributes that is drawn, as `blue ring + red square`; no group lies in train and test."""
-        return " + ".join(sorted(f"{o.colour} {o.shape}" for o in self.objects))
+        """The attributes that are drawn, as `large blue ring + small red square`; none is in train and test."""
+        return " + ".join(sorted(f"{o.size_word} {o.colour} {o.shape}" for o in self.objects))
 
     def to_json(self) -> str:
         """The scene on one line, read back by :func:`scene_from_json`."""
@@ -171,37 +176,52 @@ class HeldOut:
     """What training never shows.
 
     Attributes:
-        pairs: (colour, shape) of one object.
+        things: (size, colour, shape) of one object.
         duos: two shapes in one picture, whatever their colours.
     """
 
-    pairs: frozenset[tuple[str, str]]
+    things: frozenset[tuple[str, str, str]]
     duos: frozenset[frozenset[str]]
 
-    def among(self, things: Sequence[Object | Demand]) -> bool:
-        """Whether objects, or what a caption says of them, hold a held-out combination."""
-        shapes = {thing.shape for thing in things}
-        return any((thing.colour, thing.shape) in self.pairs for thing in things) or any(
-            duo <= shapes for duo in self.duos
+    def among(self, demands: Sequence[Demand]) -> bool:
+        """Whether a held-out combination is certain from what is demanded; a size that is not said may be any."""
+        shapes = {demand.shape for demand in demands}
+        return any(duo <= shapes for duo in self.duos) or any(
+            all(
+                (size, each.colour, each.shape) in self.things
+                for size in ([each.size] if each.size else SIZES)
+            )
+            for each in demands
         )
 
 
 @cache
-def held_out() -> HeldOut:
+def held_out(level: str = "things") -> HeldOut:
     """The combinations that only the split `test` shows, the same for every seed of samples.
 
-    Each colour loses one shape and each shape one colour, drawn at random: 6 of 36 pairs. Shapes that are neighbours
-    when the six stand in a circle in random order are never in one picture: 6 of 15 duos, each shape keeps three
-    partners.
+    Each colour but INK loses two of its twelve pairs of size and shape, drawn at random: 10 of 60 things. At level
+    `pairs` it loses one shape in both sizes, so that even the pair of colour and shape is new; at level `things`
+    two shapes, one in either size, and the pair is seen in the other size. Shapes that are neighbours when the
+    six stand in a circle in random order are never in one picture: 6 of 15 duos, each shape keeps three partners.
+
+    Raises:
+        V2FlowError: an unknown level.
     """
+    if level not in LEVELS:
+        raise V2FlowError(f"held_out: expected one of {', '.join(LEVELS)}, found {level!r}")
     rng = random.Random(f"held out {HELD_OUT_SEED}")
     shapes, circle = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
-    pairs = frozenset(zip(COLOURS, shapes, strict=True))
+    turn = 0 if level == "pairs" else 1
+    things = frozenset(
+        (size, colour, shapes[(place + turn * number) % len(shapes)])
+        for place, colour in enumerate(colour for colour in COLOURS if colour != INK)
+        for number, size in enumerate(SIZES)
+    )
     duos = frozenset(frozenset(duo) for duo in zip(circle, circle[1:] + circle[:1], strict=True))
-    return HeldOut(pairs, duos)
+    return HeldOut(things, duos)
 
 
-def sample_scene(seed: int, split: str, index: int) -> Scene:
+def sample_scene(seed: int, split: str, index: int, level: str = "things") -> Scene:
     """Scene `index` of an endless split: a pure function of its three arguments.
 
     `train` and `val` never show a combination of :func:`held_out`; each caption of `test` names at least one.
@@ -210,9 +230,10 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
         seed: not negative.
         split: `train`, `val` or `test`.
         index: not negative; `index` mod 6 is the task.
+        level: one of LEVELS.
 
     Raises:
-        V2FlowError: an unknown split, a negative seed or index.
+        V2FlowError: an unknown split, another level, a negative seed or index.
     """
     if split not in SPLITS:
         raise V2FlowError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
@@ -222,7 +243,7 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
     task = TASKS[index % len(TASKS)]
     while True:
         demands, relation, kinds = _draw(task, rng)
-        if held_out().among(demands) if split == "test" else not held_out().among(kinds):
+        if held_out(level).among(demands if split == "test" else kinds) == (split == "test"):
             break
     objects = _quarters(kinds, rng) if task == "counting" else _place(kinds, relation, rng)
     return Scene(task, _caption(task, demands, relation, rng), objects, demands, relation)
@@ -243,8 +264,10 @@ def _draw(task: str, rng: random.Random) -> tuple[tuple[Demand, ...], str | None
     """What a caption says, the relation, and all that is drawn: every attribute, said or not."""
     shapes, colours = _pick_two(rng, SHAPES), _pick_two(rng, tuple(COLOURS))
     sizes = ("small", "small") if task == "counting" else tuple(_pick(rng, tuple(SIZES)) for _ in range(2))
-    kinds = tuple(Demand(*each) for each in zip(shapes, colours, sizes, strict=True))
     names = _pick(rng, _SAID[task])
+    if "colour" not in names:
+        colours = (INK, INK)
+    kinds = tuple(Demand(*each) for each in zip(shapes, colours, sizes, strict=True))
     demands = tuple(Demand(kind.shape, **{name: getattr(kind, name) for name in names}) for kind in kinds)
     if task == "counting":
         count = 1 + int(rng.random() * MAX_COUNT)

@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from v2flow.data.manifest import FIELDS
-from v2flow.data.scenes import COLOURS, HELD_OUT_SEED, REACH, Scene, sample_scene, scene_from_json
+from v2flow.data.scenes import COLOURS, HELD_OUT_SEED, REACH, Scene, held_out, sample_scene, scene_from_json
 from v2flow.data.shards import Shards, open_shards
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
@@ -17,7 +17,7 @@ from v2flow.errors import V2FlowError
 SUPERSAMPLING = 8
 SMALLEST = 16
 """Pixels: below it a ring has no hole."""
-_RULES = 4  # of scenes and drawing; another number tells shards of other rules apart
+_RULES = 5  # of scenes and drawing; another number tells shards of other rules apart
 _JSON = FIELDS.index("json")
 
 
@@ -92,6 +92,7 @@ def build_shapes(
     test: int = 1200,
     size: int = 32,
     seed: int = 0,
+    level: str = "things",
     progress: bool = True,
 ) -> dict[str, int]:
     """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of captioned scenes, unless they are there.
@@ -105,6 +106,7 @@ def build_shapes(
         train, val, test: pictures by split.
         size: side of a picture in pixels.
         seed: of the samples; the held-out combinations are the same for all seeds.
+        level: of what training never shows, one of `scenes.LEVELS`.
         progress: show a progress bar.
 
     Returns:
@@ -127,23 +129,25 @@ def build_shapes(
         "kind": "shapes",
         "rules": _RULES,
         "held_out_seed": HELD_OUT_SEED,
+        "held_out": level,
         "seed": seed,
         "size": size,
     } | counts
+    held_out(level)  # refuses an unknown one before anything is written
     finished = finished_build(out, build)
     if finished is not None:
         return finished
-    return write_shards(out, _samples(counts, size, seed, progress), build)
+    return write_shards(out, _samples(counts, size, seed, level, progress), build)
 
 
-def _samples(counts: dict[str, int], size: int, seed: int, progress: bool) -> Iterator[Sample]:
+def _samples(counts: dict[str, int], size: int, seed: int, level: str, progress: bool) -> Iterator[Sample]:
     bar = tqdm(
         desc="draw shapes", total=sum(counts.values()), unit="picture", disable=not progress, delay=2.0
     )
     with bar:
         for split, count in counts.items():
             for index in range(count):
-                scene = sample_scene(seed, split, index)
+                scene = sample_scene(seed, split, index, level)
                 buffer = io.BytesIO()
                 Image.fromarray(render(scene, size)).save(buffer, "PNG")
                 members = {
