@@ -15,7 +15,7 @@ from t2i_training_toys import Toys, toy_tokenizer
 from torch import Tensor, nn
 
 from v2flow.cli import main
-from v2flow.data.scenes import sample_scene
+from v2flow.data.scene_sampler import sample_scene
 from v2flow.data.shapes import build_shapes, render
 from v2flow.data.tokens import build_tokens
 from v2flow.errors import V2FlowError

@@ -111,10 +111,10 @@ def _add_shapes(kinds: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples; default: 0")
     parser.add_argument(
         "--held-out",
-        choices=("things", "pairs"),
-        default="things",
-        help="what training never shows, beside some pairs of shapes: things (size, colour, shape) that it shows in "
-        "the other size, or pairs (colour, shape) in no size; default: things",
+        choices=("whole", "pairs"),
+        default="whole",
+        help="what training never shows, beside some pairs of shapes: wholes such as three red bars or a red bar at "
+        "the top left, or pairs of colour and shape; default: whole",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
 

@@ -9,7 +9,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from v2flow.data.manifest import FIELDS
-from v2flow.data.scenes import COLOURS, HELD_OUT_SEED, REACH, Scene, held_out, sample_scene, scene_from_json
+from v2flow.data.scene_sampler import HELD_OUT_SEED, REACH, held_out, sample_scene
+from v2flow.data.scenes import COLOURS, Scene, scene_from_json
 from v2flow.data.shards import Shards, open_shards
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
@@ -17,7 +18,7 @@ from v2flow.errors import V2FlowError
 SUPERSAMPLING = 8
 SMALLEST = 16
 """Pixels: below it a ring has no hole."""
-_RULES = 5  # of scenes and drawing; another number tells shards of other rules apart
+_RULES = 6  # of scenes and drawing; another number tells shards of other rules apart
 _JSON = FIELDS.index("json")
 
 
@@ -92,13 +93,13 @@ def build_shapes(
     test: int = 1200,
     size: int = 32,
     seed: int = 0,
-    level: str = "things",
+    level: str = "whole",
     progress: bool = True,
 ) -> dict[str, int]:
     """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of captioned scenes, unless they are there.
 
     Samples are KEY.png, KEY.txt (the caption) and KEY.json (the scene, see `scenes.scene_from_json`). The splits
-    differ by whole combinations of attributes: `train` and `val` show none of `scenes.held_out`, each caption of
+    differ by whole combinations of attributes: `train` and `val` show none of `scene_sampler.held_out`, each caption of
     `test` names one. A longer build begins with the pictures of a shorter one.
 
     Args:
@@ -106,7 +107,7 @@ def build_shapes(
         train, val, test: pictures by split.
         size: side of a picture in pixels.
         seed: of the samples; the held-out combinations are the same for all seeds.
-        level: of what training never shows, one of `scenes.LEVELS`.
+        level: of what training never shows, one of `scene_sampler.LEVELS`.
         progress: show a progress bar.
 
     Returns:

@@ -182,7 +182,7 @@ def holds_tokens(shards: ShardSet) -> bool:
 
 def scene_group(scene: Scene) -> str:
     """What a scene's caption says, in whatever words: `left: red ring, small square`."""
-    nouns = [" ".join(word for word in (d.size, d.colour, d.shape) if word) for d in scene.demands]
+    nouns = [" ".join(word for word in (d.size, d.colour, d.shape, d.place) if word) for d in scene.demands]
     return f"{scene.relation}: {', '.join(nouns if scene.relation else sorted(nouns))}"
 
 

@@ -1,0 +1,239 @@
+"""Draws captioned scenes without end, and says which combinations of attributes training never shows.
+
+What a caption says varies over all that is not held out. A colour, a place or a number that it does not say is always
+the same: black, the middle, one. Were it free, it could not be any that is held out, and what training never says it
+would still teach: to avoid it.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from v2flow.data.scenes import COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TASKS, Demand, Object, Scene
+from v2flow.data.writer import SPLITS
+from v2flow.errors import V2FlowError
+
+INK = "black"
+"""The colour of things whose colour the caption does not say."""
+MAX_COUNT = 4
+PITCH = 2 / 32
+"""Centres lie on a lattice of this pitch, so that what tokenizer and LLM learn goes to what captions say."""
+REACH = 0.55
+"""No shape reaches farther from its centre along an axis, in diameters."""
+HELD_OUT_SEED = 0
+LEVELS = ("whole", "pairs")
+"""How new a held-out combination is, see :func:`held_out`."""
+_SAID = {
+    "single_object": ((), ("size",), ("place",), ("size", "place"), ("size", "colour")),
+    "colors": (("colour",), ("size", "colour"), ("colour", "place"), ("size", "colour", "place")),
+    "two_object": ((),),
+    "color_attr": (("colour",),),
+    "position": ((), ("colour",)),
+    "counting": ((), ("colour",)),
+}
+"""Attributes beside the shape that a caption may name, by task."""
+_NUMBERS = ("one", "two", "three", "four")
+_MARGIN = 0.5 / 32
+_GAP = 1.5 / 32
+_ASIDE = 4 / 32
+"""From the middle of the canvas, a centre whose place the caption says lies at least so far along both axes."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What training never shows.
+
+    Attributes:
+        duos: two shapes in one picture, whatever their colours.
+        places: (colour, shape, place) of an only object whose place the caption says.
+        counts: (colour, shape, number) of equal objects.
+        pairs: (colour, shape) of any object.
+    """
+
+    duos: frozenset[frozenset[str]]
+    places: frozenset[tuple[str, str, str]] = field(default_factory=frozenset)
+    counts: frozenset[tuple[str, str, int]] = field(default_factory=frozenset)
+    pairs: frozenset[tuple[str, str]] = field(default_factory=frozenset)
+
+    def among(self, demands: Sequence[Demand]) -> bool:
+        """Whether what a caption says is a held-out combination."""
+        things = Counter((demand.colour or INK, demand.shape) for demand in demands)
+        shapes = {demand.shape for demand in demands}
+        return (
+            any(duo <= shapes for duo in self.duos)
+            or any((d.colour or INK, d.shape, d.place) in self.places for d in demands)
+            or any((*thing, number) in self.counts for thing, number in things.items())
+            or any(thing in self.pairs for thing in things)
+        )
+
+
+@cache
+def held_out(level: str = "whole") -> HeldOut:
+    """The combinations that only the split `test` shows, the same for every seed of samples.
+
+    At either level shapes that are neighbours when the six stand in a circle in random order are never in one picture:
+    6 of 15 duos, each shape keeps three partners. For single objects and numbers of them, the level decides:
+
+    - `whole`: what a caption says as a whole is new, each two attributes of it are not. A shape in a colour is never
+      shown at one of the four places, and never in one of the numbers two, three and four: 36 of 144 and of 108.
+    - `pairs`: each colour but INK loses a shape, everywhere: 5 of 30 pairs.
+
+    Raises:
+        V2FlowError: an unknown level.
+    """
+    if level not in LEVELS:
+        raise V2FlowError(f"held_out: expected one of {', '.join(LEVELS)}, found {level!r}")
+    rng = random.Random(f"held out {HELD_OUT_SEED}")
+    shapes, circle = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
+    duos = frozenset(frozenset(duo) for duo in zip(circle, circle[1:] + circle[:1], strict=True))
+    if level == "pairs":
+        colours = [colour for colour in COLOURS if colour != INK]
+        return HeldOut(duos, pairs=frozenset(zip(colours, shapes, strict=False)))
+    # In this order each colour and each shape loses every place and every number once or twice.
+    order = [
+        (colour, shape, row + column)
+        for row, colour in enumerate(COLOURS)
+        for column, shape in enumerate(shapes)
+    ]
+    return HeldOut(
+        duos,
+        places=frozenset((colour, shape, PLACES[turn % 4]) for colour, shape, turn in order),
+        counts=frozenset((colour, shape, 2 + turn % 3) for colour, shape, turn in order),
+    )
+
+
+def sample_scene(seed: int, split: str, index: int, level: str = "whole") -> Scene:
+    """Scene `index` of an endless split: a pure function of its arguments.
+
+    `train` and `val` never show a combination of :func:`held_out`; each caption of `test` says at least one.
+
+    Args:
+        seed: not negative.
+        split: `train`, `val` or `test`.
+        index: not negative; `index` mod 6 is the task.
+        level: one of LEVELS.
+
+    Raises:
+        V2FlowError: an unknown split or level, a negative seed or index.
+    """
+    if split not in SPLITS:
+        raise V2FlowError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
+    if seed < 0 or index < 0:
+        raise V2FlowError(f"seed, index: expected numbers that are not negative, found {seed}, {index}")
+    rng = random.Random(f"{seed} {split} {index}")
+    task = TASKS[index % len(TASKS)]
+    while True:
+        demands, relation, kinds = _draw(task, rng)
+        if held_out(level).among(demands) == (split == "test"):
+            break
+    objects = _quarters(kinds, rng) if len(kinds) > 1 and task == "counting" else _place(kinds, relation, rng)
+    return Scene(task, _caption(task, demands, relation, rng), objects, demands, relation)
+
+
+# Only `random()` is drawn from: Python promises its sequence for a seed, but not that of `choice` or `sample`.
+def _pick(rng: random.Random, options: Sequence[Any]) -> Any:
+    return options[int(rng.random() * len(options))]
+
+
+def _pick_two(rng: random.Random, options: Sequence[str]) -> tuple[str, str]:
+    """Two different ones."""
+    first = _pick(rng, options)
+    return first, _pick(rng, [option for option in options if option != first])
+
+
+def _draw(task: str, rng: random.Random) -> tuple[tuple[Demand, ...], str | None, tuple[Demand, ...]]:
+    """What a caption says, the relation, and all that is drawn: every attribute, said or not."""
+    shapes, colours = _pick_two(rng, SHAPES), _pick_two(rng, tuple(COLOURS))
+    sizes = ("small", "small") if task == "counting" else tuple(_pick(rng, tuple(SIZES)) for _ in range(2))
+    names = _pick(rng, _SAID[task])
+    if "colour" not in names:
+        colours = (INK, INK)
+    place = _pick(rng, PLACES) if "place" in names else None
+    kinds = tuple(Demand(*each, place) for each in zip(shapes, colours, sizes, strict=True))
+    demands = tuple(Demand(kind.shape, **{name: getattr(kind, name) for name in names}) for kind in kinds)
+    if task == "counting":
+        count = 1 + int(rng.random() * MAX_COUNT)
+        return demands[:1] * count, None, kinds[:1] * count
+    if task in ("single_object", "colors"):
+        return demands[:1], None, kinds[:1]
+    return demands, _pick(rng, tuple(RELATIONS)) if task == "position" else None, kinds
+
+
+def _place(kinds: Sequence[Demand], relation: str | None, rng: random.Random) -> tuple[Object, ...]:
+    """One object in the middle or at its place; or two anywhere on the canvas, side by side or one above the other with
+    a gap between them: large ones at opposite edges."""
+    if len(kinds) == 1:
+        return (_alone(kinds[0], rng),)
+    side = relation or _pick(rng, tuple(RELATIONS))
+    while True:
+        first, second = (_anywhere(kind, rng) for kind in kinds)
+        along, across = second.x - first.x, second.y - first.y
+        if side in ("above", "below"):
+            along, across = across, along
+        if side in ("right", "below"):
+            along = -along
+        # A relation that the caption names is clear: within 27 degrees of the axis.
+        clear = relation is None or abs(across) <= 0.5 * along
+        if clear and along >= REACH * (first.size + second.size) + _GAP:
+            return first, second
+
+
+def _alone(kind: Demand, rng: random.Random) -> Object:
+    if kind.place is None:
+        return _object(kind, *(_on_lattice(0.5 - PITCH, 0.5 + PITCH, rng) for _ in range(2)))
+    reach = REACH * SIZES[str(kind.size)] + _MARGIN
+    x, y = (_on_lattice(reach, 0.5 - _ASIDE, rng) for _ in range(2))
+    return _object(kind, 1 - x if "right" in kind.place else x, 1 - y if "bottom" in kind.place else y)
+
+
+def _anywhere(kind: Demand, rng: random.Random) -> Object:
+    reach = REACH * SIZES[str(kind.size)] + _MARGIN
+    return _object(kind, *(_on_lattice(reach, 1 - reach, rng) for _ in range(2)))
+
+
+def _on_lattice(low: float, high: float, rng: random.Random) -> float:
+    first, last = math.ceil(low / PITCH), math.floor(high / PITCH)
+    return PITCH * (first + int(rng.random() * (last - first + 1)))
+
+
+def _quarters(kinds: Sequence[Demand], rng: random.Random) -> tuple[Object, ...]:
+    """Each object somewhere in its own quarter of the canvas, so that four can be told apart at 32 pixels."""
+    quarters = sorted(((0, 0), (0, 1), (1, 0), (1, 1)), key=lambda _: rng.random())
+    objects = []
+    reach = REACH * SIZES["small"]
+    for kind, (right, low) in zip(kinds, quarters, strict=False):
+        x, y = (_on_lattice(reach + _MARGIN, 0.5 - reach - _GAP / 2, rng) for _ in range(2))
+        objects.append(_object(kind, 1 - x if right else x, 1 - y if low else y))
+    return tuple(objects)
+
+
+def _object(kind: Demand, x: float, y: float) -> Object:
+    return Object(kind.shape, str(kind.colour), SIZES[str(kind.size)], x, y)
+
+
+def _caption(task: str, demands: Sequence[Demand], relation: str | None, rng: random.Random) -> str:
+    """One of a few ways to say it."""
+    if task == "counting":
+        number = len(demands)
+        text = f"{_NUMBERS[number - 1]} {_noun(demands[0], plural=number > 1)}"
+        return _pick(rng, ("{}", "a picture of {}", f"there {'are' if number > 1 else 'is'} {{}}")).format(
+            text
+        )
+    nouns = [f"a {_noun(demand)}" for demand in demands]
+    if relation is not None:
+        text = f" {_pick(rng, RELATIONS[relation])} ".join(nouns)
+    elif len(nouns) == 2:
+        text = _pick(rng, ("{} and {}", "both {} and {}", "{} with {}")).format(*nouns)
+    else:
+        text = nouns[0]
+    return _pick(rng, ("{}", "a picture of {}", "there is {}")).format(text)
+
+
+def _noun(demand: Demand, plural: bool = False) -> str:
+    words = [word for word in (demand.size, demand.colour, demand.shape) if word]
+    ending = "" if not plural else "es" if demand.shape.endswith("s") else "s"
+    return " ".join(words) + ending + (f" at the {demand.place}" if demand.place else "")
