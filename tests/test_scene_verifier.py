@@ -164,6 +164,9 @@ def test_places() -> None:
         picture = drawn(Object("circle", "red", 9 / 32, x / 32, y / 32))
         said = {p: Scene("single_object", "", (), (Demand("circle", place=p),)) for p in PLACES}
         assert [p for p, scene in said.items() if verify(picture, scene)] == [place]
+    for x, y in ((14, 14), (16, 16), (18, 18), (18, 9)):
+        picture = drawn(Object("circle", "red", 9 / 32, x / 32, y / 32))
+        assert not any(verify(picture, scene) for scene in said.values())
 
 
 def test_attributes_are_bound_to_their_object() -> None:

@@ -1,19 +1,19 @@
 """Draws captioned scenes without end, and says which combinations of attributes training never shows.
 
-What a caption says varies over all that is not held out. A colour, a place or a number that it does not say is always
-the same: black, the middle, one. Were it free, it could not be any that is held out, and what training never says it
-would still teach: to avoid it.
+What a caption says varies over all that is not held out. A colour that it does not say is always black, and an only
+object whose place it does not say lies in the middle. Were they free, they could not be any that is held out, and what
+training never says it would still teach: to avoid it.
 """
 
 import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from v2flow.data.scenes import COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TASKS, Demand, Object, Scene
+from v2flow.data.scenes import COLOURS, PLACES, REACH, RELATIONS, SHAPES, SIZES, TASKS, Demand, Object, Scene
 from v2flow.data.writer import SPLITS
 from v2flow.errors import V2FlowError
 
@@ -22,8 +22,6 @@ INK = "black"
 MAX_COUNT = 4
 PITCH = 2 / 32
 """Centres lie on a lattice of this pitch, so that what tokenizer and LLM learn goes to what captions say."""
-REACH = 0.55
-"""No shape reaches farther from its centre along an axis, in diameters."""
 HELD_OUT_SEED = 0
 LEVELS = ("whole", "pairs")
 """How new a held-out combination is, see :func:`held_out`."""
@@ -55,9 +53,9 @@ class HeldOut:
     """
 
     duos: frozenset[frozenset[str]]
-    places: frozenset[tuple[str, str, str]] = field(default_factory=frozenset)
-    counts: frozenset[tuple[str, str, int]] = field(default_factory=frozenset)
-    pairs: frozenset[tuple[str, str]] = field(default_factory=frozenset)
+    places: frozenset[tuple[str, str, str]] = frozenset()
+    counts: frozenset[tuple[str, str, int]] = frozenset()
+    pairs: frozenset[tuple[str, str]] = frozenset()
 
     def among(self, demands: Sequence[Demand]) -> bool:
         """Whether what a caption says is a held-out combination."""
@@ -79,21 +77,22 @@ def held_out(level: str = "whole") -> HeldOut:
     6 of 15 duos, each shape keeps three partners. For single objects and numbers of them, the level decides:
 
     - `whole`: what a caption says as a whole is new, each two attributes of it are not. A shape in a colour is never
-      shown at one of the four places, and never in one of the numbers two, three and four: 36 of 144 and of 108.
+      shown alone at one of the four places (beside others it may lie there), and never in one of the numbers two, three
+      and four: 36 of 144 and of 108. The task `single_object` says no colour with a place: its new ones are black.
     - `pairs`: each colour but INK loses a shape, everywhere: 5 of 30 pairs.
 
     Raises:
         V2FlowError: an unknown level.
     """
     if level not in LEVELS:
-        raise V2FlowError(f"held_out: expected one of {', '.join(LEVELS)}, found {level!r}")
+        raise V2FlowError(f"option held-out: expected one of {', '.join(LEVELS)}, found {level!r}")
     rng = random.Random(f"held out {HELD_OUT_SEED}")
     shapes, circle = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
     duos = frozenset(frozenset(duo) for duo in zip(circle, circle[1:] + circle[:1], strict=True))
     if level == "pairs":
         colours = [colour for colour in COLOURS if colour != INK]
         return HeldOut(duos, pairs=frozenset(zip(colours, shapes, strict=False)))
-    # In this order each colour and each shape loses every place and every number once or twice.
+    # In this order each colour and each shape loses every place once or twice, every number twice.
     order = [
         (colour, shape, row + column)
         for row, colour in enumerate(COLOURS)

@@ -21,9 +21,6 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 """8-bit RGB on a white canvas."""
-INK = "black"
-"""The colour of things whose colour the caption does not say. Were it any, those of held-out combinations would be
-missing from it, and what training never says it would still teach: to avoid them."""
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 SIZES = {"small": 9 / 32, "large": 13 / 32}
 """Diameters in sides of the canvas."""
@@ -38,7 +35,8 @@ RELATIONS = {
 """How the first object lies to the second, and the words for it."""
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 """The quarters of the canvas."""
-MAX_COUNT = 4
+PLACE_EDGE = 3 / 32
+"""From the middle of the canvas: what is nearer to it along an axis is in no quarter."""
 REACH = 0.55
 """No shape reaches farther from its centre along an axis, in diameters."""
 
@@ -65,8 +63,10 @@ class Object:
         return "small" if self.size < SIZE_EDGE else "large"
 
     @property
-    def place(self) -> str:
-        """The quarter of the canvas that the centre is in, one of PLACES."""
+    def place(self) -> str | None:
+        """The quarter of the canvas that the centre is in, one of PLACES; None near the middle lines."""
+        if min(abs(self.x - 0.5), abs(self.y - 0.5)) < PLACE_EDGE:
+            return None
         return PLACES[2 * (self.y > 0.5) + (self.x > 0.5)]
 
 
@@ -144,10 +144,12 @@ def scene_from_json(text: str | bytes, where: str = "scene") -> Scene:
             ("task", scene.task, TASKS),
             ("relation", scene.relation, (None, *RELATIONS)),
         ]
-        things: tuple[Object | Demand, ...] = (*scene.objects, *scene.demands)
-        for each in things:
-            checks += [("shape", each.shape, SHAPES), ("colour", each.colour, (None, *COLOURS))]
+        if len(scene.objects) != len(scene.demands):
+            raise ValueError(f"{len(scene.demands)} demands for {len(scene.objects)} objects")
+        for each in scene.objects:
+            checks += [("shape", each.shape, SHAPES), ("colour", each.colour, COLOURS)]
         for demand in scene.demands:
+            checks += [("shape", demand.shape, SHAPES), ("colour", demand.colour, (None, *COLOURS))]
             checks += [("size", demand.size, (None, *SIZES)), ("place", demand.place, (None, *PLACES))]
         if scene.task == "position" and (scene.relation is None or len(scene.demands) != 2):
             raise ValueError("task position needs a relation and two demands")

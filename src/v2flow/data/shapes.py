@@ -9,8 +9,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from v2flow.data.manifest import FIELDS
-from v2flow.data.scene_sampler import HELD_OUT_SEED, REACH, held_out, sample_scene
-from v2flow.data.scenes import COLOURS, Scene, scene_from_json
+from v2flow.data.scene_sampler import HELD_OUT_SEED, held_out, sample_scene
+from v2flow.data.scenes import COLOURS, REACH, Scene, scene_from_json
 from v2flow.data.shards import Shards, open_shards
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
@@ -99,7 +99,7 @@ def build_shapes(
     """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of captioned scenes, unless they are there.
 
     Samples are KEY.png, KEY.txt (the caption) and KEY.json (the scene, see `scenes.scene_from_json`). The splits
-    differ by whole combinations of attributes: `train` and `val` show none of `scene_sampler.held_out`, each caption of
+    differ by combinations of attributes: `train` and `val` show none of `scene_sampler.held_out`, each caption of
     `test` names one. A longer build begins with the pictures of a shorter one.
 
     Args:
