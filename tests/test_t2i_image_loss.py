@@ -59,8 +59,13 @@ def test_the_loss_is_that_of_single_sequences_without_padding(family: str) -> No
     text = 1 - torch.stack(rows).softmax(-1)[..., model.tokens.rows].sum(-1).mean()
     assert torch.allclose(everywhere.text_mass, text, atol=1e-4)
     assert torch.allclose(model.log_likelihood(captions, ids), visual.sum((1, 2)), atol=1e-3)
-    between = model.loss(captions, ids, 0.5, 0.0, torch.Generator().manual_seed(0)).total
-    assert nowhere.total < between < everywhere.total
+    # A share of the positions stands for all of them.
+    found = [
+        model.loss(captions, ids, 0.5, 0.0, torch.Generator().manual_seed(seed)).total for seed in range(200)
+    ]
+    error = torch.stack(found).std() / 200**0.5
+    assert error > 0 and abs(torch.stack(found).mean() - everywhere.total) < 4 * error
+    assert min(found) > nowhere.total
 
 
 def test_gradients_reach_the_rows_and_the_blocks_and_not_the_text_table() -> None:

@@ -54,10 +54,11 @@ class TextToImageConfig:
     caption_dropout: float = 0.1
     """Share of captions that are left out in training, for classifier-free guidance."""
     full_share: float = 0.125
-    """Share of image positions whose softmax runs over the whole vocabulary, so that text loses its probability."""
+    """Share of image positions whose softmax runs over the whole vocabulary, so that text loses its probability; they
+    stand for all positions."""
     full_every: int = 1
     """Those positions are of every so-many-th step alone, and so many times as many there: what they cost beside their
-    products, reading the LLM's whole table, is then paid less often. The share of the training stays the same."""
+    products, reading the LLM's whole table, is then paid less often; so is what they teach."""
     text_weight: float = 0.0
     """Weight of the captions' own next-token loss, which keeps the LLM's language; 0 leaves it out."""
     checkpointing: bool = False

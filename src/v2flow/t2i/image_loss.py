@@ -20,7 +20,8 @@ class ImageLoss:
     """Loss of a batch, in nats a token.
 
     Attributes:
-        total: mean negative log-likelihood of the visual tokens and `<eoi>`, each under the softmax of its position.
+        total: mean negative log-likelihood of the visual tokens and `<eoi>` over the visual columns, and what the whole
+            vocabulary adds to it, estimated from a share of the positions.
         visual: the same over the visual columns at every position, without gradient: comparable over shares.
         text_mass: mean probability of text at the positions with the whole vocabulary; 0 without such positions.
         hidden: last hidden states `[B, L, D]`, for further losses.
@@ -53,7 +54,9 @@ def image_loss(
     if count:
         chosen = torch.randperm(len(targets), generator=generator, device=targets.device)[:count]
         full = rows.full_vocabulary(model, states[chosen], targets[chosen])
-        total = total + (-full.log_probabilities - negative[chosen]).sum() / len(targets)
+        # What text costs there stands for all positions: weighed by their number alone they would leave text its
+        # probability in unusual states, and the export's plain head would speak it.
+        total = total + (-full.log_probabilities - negative[chosen]).mean()
         text_mass = full.text_mass.mean()
     return ImageLoss(total, visual, text_mass, hidden)
 
