@@ -57,13 +57,13 @@ class HeldOut:
     counts: frozenset[tuple[str, str, int]] = frozenset()
     pairs: frozenset[tuple[str, str]] = frozenset()
 
-    def among(self, demands: Sequence[Demand]) -> bool:
-        """Whether what a caption says is a held-out combination."""
-        things = Counter((demand.colour or INK, demand.shape) for demand in demands)
-        shapes = {demand.shape for demand in demands}
+    def among(self, kinds: Sequence[Demand]) -> bool:
+        """Whether things are a held-out combination: all with a colour, and with a place if the caption says one."""
+        things = Counter((kind.colour, kind.shape) for kind in kinds)
+        shapes = {kind.shape for kind in kinds}
         return (
             any(duo <= shapes for duo in self.duos)
-            or any((d.colour or INK, d.shape, d.place) in self.places for d in demands)
+            or any((kind.colour, kind.shape, kind.place) in self.places for kind in kinds)
             or any((*thing, number) in self.counts for thing, number in things.items())
             or any(thing in self.pairs for thing in things)
         )
@@ -127,7 +127,7 @@ def sample_scene(seed: int, split: str, index: int, level: str = "whole") -> Sce
     task = TASKS[index % len(TASKS)]
     while True:
         demands, relation, kinds = _draw(task, rng)
-        if held_out(level).among(demands) == (split == "test"):
+        if held_out(level).among(kinds) == (split == "test"):
             break
     objects = _quarters(kinds, rng) if len(kinds) > 1 and task == "counting" else _place(kinds, relation, rng)
     return Scene(task, _caption(task, demands, relation, rng), objects, demands, relation)
@@ -184,14 +184,18 @@ def _place(kinds: Sequence[Demand], relation: str | None, rng: random.Random) ->
 def _alone(kind: Demand, rng: random.Random) -> Object:
     if kind.place is None:
         return _object(kind, *(_on_lattice(0.5 - PITCH, 0.5 + PITCH, rng) for _ in range(2)))
-    reach = REACH * SIZES[str(kind.size)] + _MARGIN
-    x, y = (_on_lattice(reach, 0.5 - _ASIDE, rng) for _ in range(2))
+    x, y = (_on_lattice(_nearest(kind), 0.5 - _ASIDE, rng) for _ in range(2))
     return _object(kind, 1 - x if "right" in kind.place else x, 1 - y if "bottom" in kind.place else y)
 
 
 def _anywhere(kind: Demand, rng: random.Random) -> Object:
-    reach = REACH * SIZES[str(kind.size)] + _MARGIN
-    return _object(kind, *(_on_lattice(reach, 1 - reach, rng) for _ in range(2)))
+    edge = _nearest(kind)
+    return _object(kind, *(_on_lattice(edge, 1 - edge, rng) for _ in range(2)))
+
+
+def _nearest(kind: Demand) -> float:
+    """How near to the edge of the canvas a centre may lie."""
+    return REACH * SIZES[str(kind.size)] + _MARGIN
 
 
 def _on_lattice(low: float, high: float, rng: random.Random) -> float:
