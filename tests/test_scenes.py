@@ -133,7 +133,10 @@ def test_what_a_caption_does_not_say_is_black_in_the_middle_and_one(level: str) 
 
 def test_tasks_and_attributes_are_balanced() -> None:
     train = scenes("train", 6_000)
-    assert Counter(scene.task for scene in train) == dict.fromkeys(TASKS, 1_000)
+    turns = {"colors": 1_200, "position": 1_800, "counting": 1_200}
+    assert Counter(scene.task for scene in train) == dict.fromkeys(TASKS, 600) | turns
+    for split in ("val", "test"):
+        assert Counter(scene.task for scene in scenes(split, 600)) == dict.fromkeys(TASKS, 100)
     counts = Counter(len(scene.objects) for scene in train if scene.task == "counting")
     relations = Counter(scene.relation for scene in train if scene.task == "position")
     assert set(counts) == {1, 2, 3, 4} and set(relations) == set(RELATIONS)

@@ -25,6 +25,8 @@ PITCH = 2 / 32
 HELD_OUT_SEED = 0
 LEVELS = ("whole", "pairs")
 """How new a held-out combination is, see :func:`held_out`."""
+TRAIN_TASKS = (*TASKS, "colors", "position", "position", "counting")
+"""The order in which training's tasks come round: what is learned last comes more often than the rest."""
 _SAID = {
     "single_object": ((), ("size",), ("place",), ("size", "place"), ("size", "colour")),
     "colors": (("colour",), ("size", "colour"), ("colour", "place"), ("size", "colour", "place")),
@@ -113,7 +115,7 @@ def sample_scene(seed: int, split: str, index: int, level: str = "whole") -> Sce
     Args:
         seed: not negative.
         split: `train`, `val` or `test`.
-        index: not negative; `index` mod 6 is the task.
+        index: not negative; it is the task's turn of TRAIN_TASKS in `train`, of TASKS in the other splits.
         level: one of LEVELS.
 
     Raises:
@@ -124,7 +126,8 @@ def sample_scene(seed: int, split: str, index: int, level: str = "whole") -> Sce
     if seed < 0 or index < 0:
         raise V2FlowError(f"seed, index: expected numbers that are not negative, found {seed}, {index}")
     rng = random.Random(f"{seed} {split} {index}")
-    task = TASKS[index % len(TASKS)]
+    tasks = TRAIN_TASKS if split == "train" else TASKS
+    task = tasks[index % len(tasks)]
     while True:
         demands, relation, kinds = _draw(task, rng)
         if held_out(level).among(kinds) == (split == "test"):

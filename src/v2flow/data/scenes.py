@@ -11,7 +11,7 @@ from typing import Any
 from v2flow.errors import V2FlowError
 
 TASKS = ("single_object", "colors", "two_object", "color_attr", "position", "counting")
-"""GenEval's names; sample i of a split is of task i mod 6."""
+"""GenEval's names."""
 COLOURS = {
     "red": (230, 20, 30),
     "green": (25, 190, 60),

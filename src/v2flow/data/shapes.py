@@ -18,7 +18,7 @@ from v2flow.errors import V2FlowError
 SUPERSAMPLING = 8
 SMALLEST = 16
 """Pixels: below it a ring has no hole."""
-_RULES = 6  # of scenes and drawing; another number tells shards of other rules apart
+_RULES = 7  # of scenes and drawing; another number tells shards of other rules apart
 _JSON = FIELDS.index("json")
 
 
