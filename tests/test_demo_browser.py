@@ -225,6 +225,18 @@ def test_broken_file_is_one_line(visit: Any, tmp_path: Path) -> None:
     visit.wait_for_selector("#status [role=alert]:has-text('Choose a picture first.')")
 
 
+def test_what_is_cleared_stays_cleared(visit: Any, picture: str) -> None:
+    """A picture that is being decoded when its file is taken away does not come back."""
+    upload(visit, picture)
+    done(visit)
+    set_slider(visit, "ODE steps", 50)
+    visit.wait_for_selector("#status:has-text('Decoding')")
+    visit.click("#upload button[aria-label='Clear']")
+    visit.wait_for_function("!document.querySelector('#status').innerText.trim()")
+    visit.wait_for_timeout(3_000)
+    assert visit.inner_text("#status").strip() == "" and visit.locator("#pictures figure").count() == 0
+
+
 def test_too_large_a_file_is_refused(visit: Any, tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(bytes(1_200_000))
     upload(visit, str(tmp_path / "large.png"))

@@ -69,8 +69,7 @@ class Page:
         how = [seed, *sliders]
         shown = [status, pictures]
         upload.upload(self.on_upload, [upload, *how], [state, tokens, details, *shown], **MODEL)
-        upload.clear(lambda: (None, "", "", "", ""), None, [state, tokens, details, *shown],
-                     api_visibility="private")  # fmt: skip
+        upload.clear(self.on_clear, state, [state, tokens, details, *shown], api_visibility="private")
         button.click(self.on_reconstruct, [state, *how], shown, **MODEL)
         for slider in sliders:
             slider.release(self.on_reconstruct, [state, *how], shown, trigger_mode="always_last", **MODEL)
@@ -103,6 +102,12 @@ class Page:
         for shown in self.on_reconstruct(reading, *how):
             yield gr.skip(), gr.skip(), gr.skip(), *shown
 
+    def on_clear(self, reading: Reading | None) -> tuple[None, str, str, str, str]:
+        """An empty page, to which a picture that is being decoded does not come back."""
+        if reading is not None:
+            reading.dropped.set()
+        return None, "", "", "", ""
+
     def on_reconstruct(
         self, reading: Reading | None, seed: float, *sliders: float
     ) -> Iterator[tuple[str, str]]:
@@ -115,6 +120,9 @@ class Page:
             beside = self.session.reconstruct_by_baseline(reading)
             others = [] if beside is None else [self._result(reading, beside, self._baseline_title())]
             for frame in self.session.reconstruct(reading, options, int(seed or 0)):
+                if reading.dropped.is_set():
+                    yield "", ""
+                    return
                 note = (
                     self._result(reading, frame, self.title)
                     if frame.done

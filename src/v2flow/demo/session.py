@@ -1,9 +1,9 @@
 """The work behind the page, without a page: pictures to tokens in words, tokens and captions to pictures."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from time import perf_counter
 from typing import Any, Literal
 
@@ -48,11 +48,13 @@ class Reading:
         name: of the file.
         picture: `[3, S, S]` in [0, 1], as the tokenizer sees it.
         tokens: N of them, row by row of the token grid.
+        dropped: set when the visitor has taken the picture away.
     """
 
     name: str
     picture: Tensor
     tokens: list[TokenWords]
+    dropped: Event = field(default_factory=Event)
 
     @property
     def ids(self) -> Tensor:
