@@ -160,11 +160,13 @@ checkpoints/tokenizers/%/config.json: | $(VENV)/.installed-t2i
 	$(V2FLOW) export "$(newest_run)" checkpoints/tokenizers/$*
 
 # Its token shards, of the pictures that it was trained on.
+# OpenMoji is small enough to be learned by heart; its captions seldom say where things are, so its views may differ.
 pictures_of = $$(sed -n 's|^  train: \(data/[^/]*\)/.*|\1|p' experiments/tokenizer/$*.yaml)
 
 data/tokens/%/manifest.json: checkpoints/tokenizers/%/config.json | $(VENV)/.installed-t2i
 	@$(MAKE) "$(pictures_of)/manifest.json"
-	$(V2FLOW) data tokens checkpoints/tokenizers/$* --data "$(pictures_of)/*.tar" --out data/tokens/$*
+	$(V2FLOW) data tokens checkpoints/tokenizers/$* --data "$(pictures_of)/*.tar" --out data/tokens/$* \
+	  $(if $(findstring openmoji,$*),--views 6)
 	@touch $@
 
 .PRECIOUS: checkpoints/tokenizers/%/config.json

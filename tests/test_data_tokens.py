@@ -17,6 +17,7 @@ from v2flow.data.manifest import read_manifest
 from v2flow.data.order import BUCKETS, LengthBucketedOrder, ShuffledOrder
 from v2flow.data.shards import open_shards
 from v2flow.data.tokens import build_tokens, check_source, source_of
+from v2flow.data.views import shifted, view_of
 from v2flow.errors import V2FlowError
 from v2flow.fingerprint import tokenizer_sha256
 from v2flow.training.data_module import ShardDataModule
@@ -98,6 +99,53 @@ def test_command_builds_once(toys: Toys, tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert main(words) == 2
     assert "built with other settings (tokenizer_sha256)" in capsys.readouterr().err
+
+
+def test_views_of_training_pictures(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids of a view are the tokenizer's ids of the moved picture; the other splits stay as they are."""
+    words = ["data", "tokens", toys.tokenizer, "--data", toys.pictures, "--views", "3"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "counts.json")]) == 0
+    assert json.loads((tmp_path / "counts.json").read_text())["samples"] == {"train": 72, "val": 6, "test": 6}
+    found, plain = (members(folder / "train-000000.tar") for folder in (tmp_path / "out", toys.tokens))
+    assert {name: found[name] for name in plain} == plain
+    tokenizer = V2FlowTokenizer.from_pretrained(toys.tokenizer)
+    shards = str(Path(toys.pictures).parent / "train-000000.tar")
+    (batch,) = ShardDataModule(16, val=shards, batch_size=24).val_dataloader()
+    for view in (1, 2):
+        for picture, key in zip(batch["image"], batch["key"], strict=True):
+            caption = plain[f"{key}.txt"].decode()
+            ids = tokenizer.encode(view_of(picture, caption, key, view)[None])[0].tolist()
+            assert json.loads(found[f"{key}-{view}.json"])["ids"] == ids
+            assert found[f"{key}-{view}.txt"].decode() == caption
+    assert main([*words[:-1], "10", "--out", str(tmp_path / "more")]) == 2
+    assert (
+        "option views: expected 1 to 9 (the shifts of pictures of 16 pixels), found 10"
+        in capsys.readouterr().err
+    )
+
+
+def test_views_are_shifts_and_mirror_images() -> None:
+    picture = torch.rand(3, 32, 32)
+    moves = range(-2, 3)
+    plain = {(x, y): shifted(picture, x, y) for x in moves for y in moves}
+    torch.testing.assert_close(plain[2, -1][:, :31, 2:], picture[:, 1:, :30])
+    assert (plain[2, -1][:, :, :2] == plain[2, -1][:, :, 2:3]).all(), "the edge is repeated"
+    mirrored = {(x, y): shifted(picture.flip(-1), x, y) for x in moves for y in moves}
+
+    def found(caption: str, key: str) -> list[int]:
+        choices = [*plain.values(), *mirrored.values()]
+        views = [view_of(picture, caption, key, view) for view in range(25)]
+        return [next(i for i, each in enumerate(choices) if torch.equal(each, view)) for view in views]
+
+    for caption, both in (("a strawberry", True), ("hand pointing LEFT", False), ("nine o’clock", False)):
+        order = found(caption, "some key")
+        assert order[0] == 12 and len(set(order)) == 25
+        assert any(i >= 25 for i in order) == both
+    assert (
+        found("a strawberry", "some key")
+        == found("a strawberry", "some key")
+        != found("a strawberry", "other")
+    )
 
 
 @pytest.mark.parametrize(("name", "caption", "expected"), [

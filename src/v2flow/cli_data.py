@@ -92,6 +92,11 @@ def _add_tokens(kinds: Any) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="pictures at a time; default: 64"
     )
+    parser.add_argument(
+        "--views", type=int, default=1, metavar="N",
+        help="of each training picture: itself, then moved by up to a sixteenth of its side and, where its caption "
+        "speaks of no sides or writing, mirrored; default: 1",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
     parser.add_argument(
         "--allow-pipe", action="store_true", help="accept shards `pipe:COMMAND`, which run a shell command"
@@ -169,8 +174,9 @@ def run_tokens(options: argparse.Namespace) -> None:
     from v2flow.data.tokens import build_tokens
 
     counts = build_tokens(
-        options.checkpoint, options.data, options.out, options.batch_size, options.workers, options.allow_pipe
-    )
+        options.checkpoint, options.data, options.out, options.batch_size, options.workers, options.allow_pipe,
+        options.views,
+    )  # fmt: skip
     _write(options.json, {"samples": counts})
     print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
 

@@ -1,7 +1,7 @@
 """Shards of visual token ids: the pictures of captioned shards, encoded once for the training of stage 2.
 
-Samples are KEY.txt, the caption, and KEY.json: what the pictures' own json says (such as a scene) and `ids`. There
-are no flipped copies: captions say left and right. The manifest names the tokenizer.
+Samples are KEY.txt, the caption, and KEY.json: what the pictures' own json says (such as a scene) and `ids`. Training
+pictures may be there in several views, KEY-1, KEY-2 and so on (`v2flow.data.views`). The manifest names the tokenizer.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from v2flow.data.batches import EvaluationBatches, Reader, SampleReader
 from v2flow.data.loaders import EvaluationLoader
 from v2flow.data.manifest import FIELDS
 from v2flow.data.shards import Shards, ShardSet, folder_manifest, folder_of, open_shards
+from v2flow.data.views import check_views, view_of
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
 from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
@@ -128,6 +129,7 @@ def build_tokens(
     batch_size: int = 64,
     num_workers: int = 0,
     allow_pipe: bool = False,
+    views: int = 1,
     progress: bool = True,
 ) -> dict[str, int]:
     """Builds `train-*.tar`, `val-*.tar`, `test-*.tar` of token ids into `out`, unless they are there.
@@ -139,6 +141,7 @@ def build_tokens(
         batch_size: pictures at a time; the ids do not depend on it.
         num_workers: processes that decode pictures.
         allow_pipe: accept shards `pipe:COMMAND`.
+        views: of each training picture, see `v2flow.data.views`; what its json says of places holds for the first.
         progress: show a progress bar.
 
     Returns:
@@ -156,8 +159,11 @@ def build_tokens(
         raise V2FlowError(
             f"{checkpoint}: expected a V2FlowTokenizer, found a {info['model']}, whose tokens lie in no LLM's space"
         )
+    check_views(views, tokenizer.config.image_size)
     opened = open_shards(shards, allow_pipe)
     build = {"kind": "tokens", **asdict(source_of(tokenizer)), "pictures_sha256": pictures_sha256(opened)}
+    if views > 1:
+        build["views"] = views
     splits = [_split_of(shard.name) for shard in opened.shards]
     finished = finished_build(Path(out), build)
     if finished is not None:
@@ -165,28 +171,46 @@ def build_tokens(
     tokenizer = tokenizer.to(pick_device())
     reader = SampleReader(opened, tokenizer.config.image_size, captions=True)
     loader = EvaluationLoader(EvaluationBatches(reader, len(opened)), batch_size, num_workers)
-    return write_shards(Path(out), _samples(tokenizer, opened, splits, loader, progress), build)
+    return write_shards(Path(out), _samples(tokenizer, opened, splits, loader, views, progress), build)
 
 
 def _samples(
-    tokenizer: Any, shards: ShardSet, splits: Sequence[str], loader: EvaluationLoader, progress: bool
+    tokenizer: Any,
+    shards: ShardSet,
+    splits: Sequence[str],
+    loader: EvaluationLoader,
+    views: int,
+    progress: bool,
 ) -> Iterator[Sample]:
-    sample = 0
+    first = 0
     with tqdm(
         desc="encode", total=len(shards), unit="picture", disable=not progress, delay=2.0, leave=False
     ) as bar:
         for batch in loader:
-            ids = tokenizer.encode(batch["image"].to(tokenizer.visual_vocabulary.codes.device)).cpu()
             count = int(batch["valid"].sum())  # padding is at the end; no other sample is invalid
-            for row in range(count):
-                text = shards.read(sample, _JSON)
-                members = {
-                    "txt": batch["caption"][row].encode(),
-                    "json": _with_ids(text, ids[row].tolist(), shards.where(sample)),
-                }
-                yield Sample(splits[shards.locate(sample)[0]], batch["key"][row], members)
-                sample += 1
+            places = [splits[shards.locate(first + row)[0]] for row in range(count)]
+            for view in range(views):
+                rows = [row for row, split in enumerate(places) if view == 0 or split == "train"]
+                for row, ids in zip(rows, _encode(tokenizer, batch, rows, view), strict=True):
+                    where = shards.where(first + row)
+                    members = {
+                        "txt": batch["caption"][row].encode(),
+                        "json": _with_ids(shards.read(first + row, _JSON), ids, where),
+                    }
+                    yield Sample(places[row], batch["key"][row] + (f"-{view}" if view else ""), members)
+            first += count
             bar.update(count)
+
+
+def _encode(tokenizer: Any, batch: dict[str, Any], rows: list[int], view: int) -> list[list[int]]:
+    """Ids of a view of some pictures of a batch."""
+    if not rows:
+        return []
+    pictures = torch.stack(
+        [view_of(batch["image"][row], batch["caption"][row], batch["key"][row], view) for row in rows]
+    )
+    ids: list[list[int]] = tokenizer.encode(pictures.to(tokenizer.visual_vocabulary.codes.device)).tolist()
+    return ids
 
 
 def _with_ids(text: bytes | None, ids: list[int], where: str) -> bytes:
