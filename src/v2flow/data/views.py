@@ -1,4 +1,4 @@
-"""Views of a training picture: itself, then moved a little and mirrored. A small data set is then not soon known by heart.
+"""Views of a training picture: itself, then moved a little and mirrored, so that few pictures are not soon worn out.
 
 The ids of a picture that is moved by a few pixels are other ids: what stays the same is what it shows.
 """
