@@ -36,7 +36,6 @@ from v2flow.training.logged_pictures import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
-WANDB = importlib.util.find_spec("wandb") is not None
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +172,6 @@ def recorded(run: Path, text: str) -> bool:
     return False
 
 
-@pytest.mark.skipif(not WANDB, reason="wandb is not installed: pip install wandb")
 def test_wandb_offline_by_options(
     shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +195,6 @@ def test_wandb_offline_by_options(
         assert recorded(run, "val/token_entropy_histogram")
 
 
-@pytest.mark.skipif(not WANDB, reason="wandb is not installed: pip install wandb")
 def test_wandb_has_captions_beneath_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -212,11 +209,11 @@ def test_wandb_has_captions_beneath_their_pictures(tmp_path: Path, monkeypatch: 
     assert recorded(run, "; ".join(CAPTIONS[:2]))
 
 
-@pytest.mark.skipif(WANDB, reason="wandb is installed")
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
 def test_a_logger_whose_package_is_missing_is_one_line(
     shards: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(experiment(shards, tmp_path), tmp_path / "e.yaml")
-    assert main(["fit", "--config", path, "--trainer.logger=WandbLogger"]) == 2
+    assert main(["fit", "--config", path, "--trainer.logger=MLFlowLogger"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("v2flow: error: ")]
-    assert "wandb" in line and "pip install" in line and "Expected a" not in line
+    assert "mlflow" in line and "pip install" in line and "Expected a" not in line

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from v2flow.cli_words import sentence
 from v2flow.errors import V2FlowError
 
 FILES = {"CHECKPOINT", "CSV", "EXPERIMENT", "FILE", "FILE.md", "IDS", "IMAGE", "SHARDS", "SUITE"}
@@ -15,7 +16,8 @@ _EPILOG = """\
 bash:
   mkdir -p ~/.local/share/bash-completion/completions
   v2flow completion bash > ~/.local/share/bash-completion/completions/v2flow
-zsh, with a folder of $fpath:
+zsh, if ~/.zfunc is in $fpath:
+  mkdir -p ~/.zfunc
   v2flow completion zsh > ~/.zfunc/_v2flow
 It takes effect in the next shell."""
 
@@ -26,7 +28,7 @@ def add_completion_verb(verbs: Any) -> None:
     parser = verbs.add_parser(
         "completion",
         help=summary,
-        description=summary.capitalize() + ".",
+        description=sentence(summary),
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from v2flow.cli_data_latents import add_latents_verb
+from v2flow.cli_words import sentence
 from v2flow.errors import V2FlowError
 
 
 def add_data_verbs(verbs: Any) -> None:
     """Adds `data` and its verbs to the subparsers of `v2flow`."""
     summary = "build and check WebDataset shards"
-    data = verbs.add_parser("data", help=summary, description=summary.capitalize() + ".")
+    data = verbs.add_parser("data", help=summary, description=sentence(summary))
     kinds = data.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_openmoji(kinds)
     _add_folder(kinds)
@@ -125,8 +126,7 @@ def _add_shapes(kinds: Any) -> None:
 
 
 def _add_kind(kinds: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    description = f"{summary[0].upper()}{summary[1:]}."
-    parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=description)
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=sentence(summary))
     parser.set_defaults(run=run)
     return parser
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from v2flow.cli_words import sentence
 from v2flow.config import CodecConfig, from_dict
 from v2flow.errors import V2FlowError
 
@@ -21,7 +22,7 @@ def add_latents_verb(kinds: Any) -> None:
     summary = (
         "codec latents of pictures and of their mirror images, encoded once for the training of a tokenizer"
     )
-    parser = kinds.add_parser("latents", help=summary, description=f"{summary.capitalize()}.")
+    parser = kinds.add_parser("latents", help=summary, description=sentence(summary))
     parser.set_defaults(run=run_latents)
     parser.add_argument(
         "--data",

@@ -4,13 +4,14 @@ import argparse
 import socket
 from typing import Any
 
+from v2flow.cli_words import sentence
 from v2flow.errors import V2FlowError
 
 
 def add_demo_verb(verbs: Any) -> None:
     """Adds the verb to the subparsers of `v2flow`."""
     summary = "a web page to try a tokenizer: tokens in words, pictures filling in"
-    parser = verbs.add_parser("demo", help=summary, description=summary.capitalize() + ".")
+    parser = verbs.add_parser("demo", help=summary, description=sentence(summary))
     parser.set_defaults(run=run_demo)
     parser.add_argument(
         "checkpoint",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from v2flow.cli_words import sentence
 from v2flow.errors import V2FlowError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ REPORT = "generate.json"
 def add_generate_verb(verbs: Any) -> None:
     """Adds the verb to the subparsers of `v2flow`."""
     summary = "pictures of captions, by a text-to-image model"
-    parser = verbs.add_parser("generate", help=summary, description=summary.capitalize() + ".")
+    parser = verbs.add_parser("generate", help=summary, description=sentence(summary))
     parser.set_defaults(run=run_generate)
     parser.add_argument(
         "checkpoint",

@@ -10,6 +10,7 @@ from v2flow.cli_evaluate import (
     refuse_text_to_image_options,
     run_evaluate_text_to_image,
 )
+from v2flow.cli_words import sentence
 from v2flow.errors import V2FlowError
 
 CHECKPOINT_HELP = "a .ckpt file of `v2flow fit`, or a folder of `v2flow export`"
@@ -46,9 +47,7 @@ def add_model_verbs(verbs: Any) -> None:
 
 
 def _add_verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=summary, description=summary.capitalize() + "."
-    )
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=sentence(summary))
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     if name != "evaluate":
         parser.add_argument(
