@@ -35,6 +35,8 @@ SUITE_DATA += $(shell grep -qs "probes:.*domains" "$(SUITE)" && echo $(DOMAINS))
 
 # What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
 CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
+# What `make demo` draws captions with: the newest run of the text-to-image experiment, if there is one.
+PAINTER ?= $(shell ls -t checkpoints/t2i/$(basename $(notdir $(EXPERIMENT_T2I)))/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
 PICTURES := $(or $(V2FLOW_DATA),$(if $(wildcard ../shared/data),../shared/data,data))
 SHARDS ?= $(if $(DATA),$(dir $(DATA))test-*.tar,$(if $(findstring cifar10,$(NAME)),$(PICTURES)/cifar10/test-{000000..000001}.tar))
 
@@ -51,7 +53,7 @@ help:
 	@echo "make train-t2i         train an LLM to draw: tokenizer if there is none, data, token shards, training"
 	@echo "make evaluate          score the newest run of EXPERIMENT, or CHECKPOINT=..., on SHARDS=..."
 	@echo "make benchmark         train and score the rows of SUITE that have no result yet, and report on all"
-	@echo "make demo              a web page to try the newest tokenizer of EXPERIMENT, or CHECKPOINT=file"
+	@echo "make demo              a web page to try the newest runs of EXPERIMENT and EXPERIMENT_T2I, or CHECKPOINT=file"
 	@echo "make test              run the tests"
 	@echo "make test-faults       kill and resume many small trainings; ARGS=\"--kills 50 --out FILE\""
 	@echo "make test-fuzz         10,000 random inputs for each reader; hours; ARGS=\"-k captions\""
@@ -93,7 +95,7 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA) checkpoint-exists
 	  $(if $(DATA),--floors-train "$(dir $(DATA))train-*.tar") $(ARGS)
 
 demo: checkpoint-exists $(VENV)/.installed-demo
-	$(V2FLOW) demo "$(CHECKPOINT)" $(ARGS)
+	$(V2FLOW) demo "$(CHECKPOINT)" $(if $(PAINTER),--text-to-image "$(PAINTER)") $(ARGS)
 
 benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
