@@ -55,6 +55,32 @@ def test_fit_leaves_config_checkpoints_figures_and_grid(trained: Path) -> None:
     assert (trained / "grid.png").is_file() and list((trained / "grids").glob("*.png"))
 
 
+def test_an_export_says_what_it_was_trained_on_and_scored(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(trained / "checkpoints" / "last.ckpt"), str(tmp_path / "model")]) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    report = json.loads((trained / "metrics.json").read_text())
+    psnr = report["weights"]["ema"]["modes"]["one_step"]["psnr"]
+    figures = card.partition("## Figures")[2]
+    assert f"{psnr:.2f}" in figures and Path(report["checkpoint"]).name in figures
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])  # type: ignore[index]
+    assert recipe["model"] == yaml.safe_load((trained / "config.yaml").read_text())["model"]["init_args"]
+    assert "4 steps of 4 samples" in card and str(tmp_path.parent) not in card.partition("```yaml")[0]
+    order = [card.index(f"## {heading}") for heading in ("Training", "Figures", "Terms")]
+    assert order == sorted(order)
+    # Of a checkpoint that lies by itself nothing is known; a damaged file beside it is one line.
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
+    assert main(["export", str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "alone")]) == 0
+    assert "## Training" not in (tmp_path / "alone" / "README.md").read_text()
+    (run / "metrics.json").write_text("[]")
+    words = ["export", str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "damaged")]
+    assert "metrics.json: expected the file that `v2flow fit` wrote" in error_line(capsys, words)
+    assert not (tmp_path / "damaged").exists()
+
+
 def test_the_last_line_says_where_everything_lies(
     shards: dict[str, str],
     tmp_path: Path,

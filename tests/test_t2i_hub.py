@@ -15,10 +15,10 @@ from t2i_toys import CAPTIONS, tiny_llm, tiny_tokenizer
 from v2flow import V2FlowForTextToImage, V2FlowTokenizer
 from v2flow.errors import V2FlowError
 from v2flow.inference import export_model
+from v2flow.model_card import GEMMA_NOTICE
 from v2flow.t2i.extension import extend_vocabulary
 from v2flow.t2i.generation import generate_ids
 from v2flow.t2i.hub import DOCUMENT
-from v2flow.t2i.model_card import GEMMA_NOTICE
 
 PLAIN = """
 import json, sys, torch

@@ -20,6 +20,7 @@ from v2flow.config import TokenizerConfig, from_dict, to_dict
 from v2flow.decode_modes import read_presets, shipped_presets
 from v2flow.errors import V2FlowError
 from v2flow.llm import LLMVocabulary, load_vocabulary
+from v2flow.model_card import tokenizer_card
 
 if TYPE_CHECKING:
     from v2flow.tokenizer import V2FlowTokenizer
@@ -50,6 +51,7 @@ class PretrainedMixin(
             own = {name: {"options": options} for name, options in model.decode_presets.items()}
             document["decode_presets"] = {"presets": own}
         (save_directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+        (save_directory / "README.md").write_text(tokenizer_card(model))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

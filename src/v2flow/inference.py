@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from v2flow.cli_report import evaluation_table
 from v2flow.data.decode import square_crop
 from v2flow.decode_modes import presets_of, select_modes
 from v2flow.devices import pick_device
@@ -20,6 +21,7 @@ from v2flow.evaluate import FOLDER_MODES
 from v2flow.images import read_picture
 from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import psnr_per_image
+from v2flow.model_card import add_training
 from v2flow.training.checkpoint import load_model, read_checkpoint
 from v2flow.training.module import seeded_generator
 
@@ -170,7 +172,11 @@ def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise V2FlowError(f"{folder}: expected a new or empty folder, found files; name another one")
     model: Any
+    table: Callable[[Mapping[str, Any]], str] = evaluation_table
     if is_text_to_image(checkpoint):
+        from v2flow.t2i.metrics.table import text_to_image_table
+
+        table = text_to_image_table
         if weights != "ema":
             raise V2FlowError(
                 f"option --weights: {checkpoint} is a text-to-image model and has one set of weights; leave it out"
@@ -186,6 +192,7 @@ def export_model(checkpoint: str, weights: Literal["ema", "raw"], folder: Path) 
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         model.save_pretrained(temporary)
+        add_training(temporary / "README.md", Path(checkpoint), table)
         temporary.chmod(0o755)
         os.replace(temporary, folder)
     except BaseException:

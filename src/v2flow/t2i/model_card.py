@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from v2flow.model_card import terms
+
 if TYPE_CHECKING:
     from v2flow.t2i.text_to_image import V2FlowForTextToImage
-
-GEMMA_NOTICE = (
-    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
-)
 
 
 def model_card(model: "V2FlowForTextToImage") -> str:
@@ -58,7 +56,7 @@ ids = llm.generate(**prompt)[0, prompt.input_ids.shape[1] : -1] - {tokens.first}
 
 ## Terms
 
-{_terms(model, base)}
+{terms(base, bool(licence))}
 """
     )
 
@@ -75,12 +73,3 @@ def holds_gemma(model: "V2FlowForTextToImage") -> bool:
     """Whether rows of a Gemma model are inside, as the LLM's weights or as the tokenizer's frozen vocabulary."""
     vocabulary = model.tokenizer.config.vocabulary.source
     return model.llm.config.model_type.startswith("gemma") or "gemma" in vocabulary.lower()
-
-
-def _terms(model: "V2FlowForTextToImage", base: str) -> str:
-    if holds_gemma(model):
-        return (
-            f"{GEMMA_NOTICE} Pass these terms, and the Prohibited Use Policy that they name, on with the model.\n"
-            "Weights of other origin keep their own terms."
-        )
-    return f"The weights derive from {base} and keep its terms."
