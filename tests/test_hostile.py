@@ -27,6 +27,7 @@ from v2flow.data.shards import expand_shards, open_shards
 from v2flow.data.tokens import TokenReader
 from v2flow.data.validate import validate_shards
 from v2flow.errors import V2FlowError
+from v2flow.training.checkpoint_files import write_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
 
 SIZE = 16
@@ -118,6 +119,25 @@ def test_checkpoints_are_not_unpickled_whatever_the_environment_says(
     with pytest.raises(pickle.UnpicklingError):
         CheckedCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["os:mkdir=RAN", "os:system=mkdir RAN", "subprocess:getoutput=mkdir RAN"])
+def test_a_checkpoints_words_name_no_code(tmp_path: Path, name: str) -> None:
+    """A text-to-image checkpoint says where its tokenizer lies; `v2flow evaluate` takes such words from users."""
+    pytest.importorskip("transformers")
+    from v2flow.t2i.checkpoint import load_text_to_image
+    from v2flow.training.checkpoint import load_model
+    from v2flow.training.own_tokenizer import load_own
+
+    name = name.replace("RAN", str(tmp_path / "ran"))
+    info = {"model": "V2FlowForTextToImage", "config": {"tokenizer": name, "llm": "gpt2-style:tiny"}}
+    info |= {"llm_tokenizer": "{}", "tokenizer_sha256": "a", "llm_sha256": "b"}
+    write_checkpoint({"v2flow": info, "state_dict": {}}, tmp_path / "evil.ckpt")
+    refused(lambda: load_text_to_image(tmp_path / "evil.ckpt"), "no such checkpoint")
+    refused(lambda: load_model(name), "no such checkpoint")
+    assert not (tmp_path / "ran").exists()
+    refused(lambda: load_own(name), "expected a torch.nn.Module")
+    assert (tmp_path / "ran").exists(), "the payload is real"
 
 
 def test_a_folder_of_pickled_weights_is_refused(tmp_path: Path) -> None:
