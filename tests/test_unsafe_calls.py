@@ -110,11 +110,13 @@ def test_only_words_of_the_users_name_code(repository: Path) -> None:
 
 
 def test_pickle_is_imported_for_its_error_only(repository: Path) -> None:
+    """And where a sharded checkpoint's pickle is looked through, with an allow-list of what it may name."""
     uses = []
     for path in sorted((repository / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and name_of(node.value) in MODULES:
-                uses.append(name_of(node))
+                looked_through = path.name == "checkpoint_folders.py" and node.attr == "Unpickler"
+                uses += [] if looked_through else [name_of(node)]
             elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
                 uses += [f"{node.module}.{alias.name}" for alias in node.names]
     assert set(uses) <= {"pickle.UnpicklingError"}
