@@ -237,15 +237,6 @@ def test_a_training_resumes_from_the_one_before_a_damaged_last_one(
     assert [torch.load(folder / name, weights_only=True)["global_step"] for name in names] == [5, 4]
 
 
-def test_folders_are_left_to_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sharded checkpoint is a folder; checksums are of files."""
-    asked: list[Any] = []
-    parent = CheckedCheckpointIO.__mro__[1]
-    monkeypatch.setattr(parent, "load_checkpoint", lambda self, path, *_: asked.append(path) or {})
-    CheckedCheckpointIO().load_checkpoint(tmp_path)
-    assert asked == [tmp_path]
-
-
 def test_removing_a_checkpoint_removes_the_one_before_it(tmp_path: Path) -> None:
     path = written(tmp_path / "best.ckpt", 1, 2)
     CheckedCheckpointIO().remove_checkpoint(path)

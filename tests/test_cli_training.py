@@ -3,15 +3,17 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from training_toys import experiment, write, write_shards
 
 from v2flow.cli import main
 from v2flow.cli_training import condense
+from v2flow.training.checkpoint_files import previous_of
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,30 @@ def test_resume_continues_and_init_from_starts_anew(
             fresh["current_model_state"][name], whole["state_dict"][name], atol=1e-6, rtol=0
         )
     assert "--init-from and --ckpt_path" in error_line(capsys, [*started, "--ckpt_path", checkpoint])
+
+
+class ReadsItself(SingleDeviceStrategy):
+    """Reads checkpoints without the trainer's `CheckpointIO`, as ModelParallelStrategy does."""
+
+    asked: ClassVar[list[Any]] = []
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        self.asked.append((checkpoint_path, weights_only))
+        return torch.load(checkpoint_path, weights_only=bool(weights_only))  # type: ignore[no-any-return]
+
+
+def test_every_strategy_is_given_a_whole_checkpoint_and_unpickles_nothing(
+    shards: dict[str, str], tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = tmp_path / "last.ckpt"
+    data = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    previous_of(last).write_bytes(data)
+    last.write_bytes(data[:-9])
+    fit = ["fit", "--config", write(experiment(shards, tmp_path), tmp_path / "e.yaml"), "--ckpt_path", str(last)]
+    own = [f"--trainer.strategy={__name__}.ReadsItself", "--trainer.strategy.device=cpu"]
+    assert main([*fit, *own]) == 0
+    assert ReadsItself.asked == [(str(previous_of(last)), True)]
+    assert "--weights_only: expected true" in error_line(capsys, [*fit, "--weights_only=false"])
 
 
 def test_fast_dev_run_leaves_nothing(

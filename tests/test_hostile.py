@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from data_toys import encode, numbered_picture, write_tar
 from PIL import Image
 
+from v2flow.cli_training import _checked
 from v2flow.config import TokenizerConfig, from_dict
 from v2flow.data.batches import EvaluationBatches, Request, SampleReader, TrainBatches
 from v2flow.data.decode import MAX_CAPTION, BadSampleError, decode_caption, decode_image
@@ -27,6 +29,8 @@ from v2flow.data.shards import expand_shards, open_shards
 from v2flow.data.tokens import TokenReader
 from v2flow.data.validate import validate_shards
 from v2flow.errors import V2FlowError
+from v2flow.training.checkpoint_files import write_checkpoint
+from v2flow.training.checkpoint_folders import check_sharded_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
 
 SIZE = 16
@@ -118,6 +122,52 @@ def test_checkpoints_are_not_unpickled_whatever_the_environment_says(
     with pytest.raises(pickle.UnpicklingError):
         CheckedCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["os:mkdir=RAN", "os:system=mkdir RAN", "subprocess:getoutput=mkdir RAN"])
+def test_a_checkpoints_words_name_no_code(tmp_path: Path, name: str) -> None:
+    """A text-to-image checkpoint says where its tokenizer lies; `v2flow evaluate` takes such words from users."""
+    pytest.importorskip("transformers")
+    from v2flow.t2i.checkpoint import load_text_to_image
+    from v2flow.training.checkpoint import load_model
+    from v2flow.training.own_tokenizer import load_own
+
+    name = name.replace("RAN", str(tmp_path / "ran"))
+    info = {"model": "V2FlowForTextToImage", "config": {"tokenizer": name, "llm": "gpt2-style:tiny"}}
+    info |= {"llm_tokenizer": "{}", "tokenizer_sha256": "a", "llm_sha256": "b"}
+    write_checkpoint({"v2flow": info, "state_dict": {}}, tmp_path / "evil.ckpt")
+    refused(lambda: load_text_to_image(tmp_path / "evil.ckpt"), "no such checkpoint")
+    refused(lambda: load_model(name), "no such checkpoint")
+    assert not (tmp_path / "ran").exists()
+    refused(lambda: load_own(name), "expected a torch.nn.Module")
+    assert (tmp_path / "ran").exists(), "the payload is real"
+
+
+def sharded(folder: Path, **values: Any) -> Path:
+    """A sharded checkpoint as Lightning's ModelParallelStrategy leaves one."""
+    state = {"weight": torch.arange(6.0), "lr": 0.1, "betas": (0.9, 0.95), "names": ["a"]} | values
+    torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({"v2flow": {}, "global_step": 3}, folder / "meta.pt")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_a_sharded_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    """PyTorch unpickles ``.metadata``, what is no tensor, and a rank's own metadata where the first cannot be read."""
+    check_sharded_checkpoint(sharded(tmp_path / "good"))
+    ran = tmp_path / "ran"
+    evil = sharded(tmp_path / "value", lr=Bomb(ran))
+    refused(lambda: check_sharded_checkpoint(evil), str(evil), "not a readable sharded checkpoint")
+    for name in (".metadata", "__0.metadata", "meta.pt"):
+        evil = sharded(tmp_path / name.strip("."))
+        (evil / name).write_bytes(pickle.dumps(Bomb(ran)))
+        refused(lambda evil=evil: _checked(str(evil)), str(evil))
+        refused(lambda evil=evil: CheckedCheckpointIO().load_checkpoint(evil), "found a folder")
+    refused(lambda: check_sharded_checkpoint(tmp_path), "expected a .ckpt file or a sharded checkpoint's folder")
+    assert not ran.exists()
+    with pytest.raises(torch.distributed.checkpoint.CheckpointException):
+        torch.distributed.checkpoint.load({"lr": 0.0}, checkpoint_id=tmp_path / "metadata", no_dist=True)
+    assert ran.exists(), "the payload is real"
 
 
 def test_a_folder_of_pickled_weights_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from v2flow.cli_training_help import TrainingHelp
 from v2flow.errors import V2FlowError
 from v2flow.paths import name_pictures_folder
 from v2flow.training.checkpoint import read_checkpoint
-from v2flow.training.checkpoint_files import newest_checkpoint
+from v2flow.training.checkpoint_files import newest_checkpoint, usable_checkpoint
+from v2flow.training.checkpoint_folders import REST, check_sharded_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
 from v2flow.training.data_module import ShardDataModule
 from v2flow.training.exhaustion import clear_exhaustion
@@ -93,9 +94,13 @@ class TrainingCLI(LightningCLI):
         path = options.ckpt_path
         if path == "last":
             path = self._newest()
-        if path is not None and path not in LIGHTNING_CHECKPOINTS and not Path(path).is_dir():
-            read_checkpoint(path)
-        self.config_init[self.subcommand]["ckpt_path"] = path
+        if path is not None and path not in LIGHTNING_CHECKPOINTS:
+            path = _checked(path)
+        if options.weights_only is False:
+            raise V2FlowError("option --weights_only: expected true: checkpoints hold tensors and plain types only")
+        # Said here, for strategies that read checkpoints themselves; without it an environment variable may forbid it.
+        given = self.config_init[self.subcommand]
+        given["ckpt_path"], given["weights_only"] = path, True
 
     def _newest(self) -> str | None:
         """The newest `last.ckpt` of all runs of this experiment; a training without one starts anew."""
@@ -190,6 +195,19 @@ def _training_cli(
         auto_configure_optimizers=False,
         **options,
     )
+
+
+def _checked(path: str) -> str:
+    """The checkpoint to be read for `path`: itself, or the one before it if it is damaged.
+
+    Some strategies read it themselves, and not through `CheckedCheckpointIO`.
+    """
+    if Path(path).is_dir():
+        check_sharded_checkpoint(Path(path))
+        read_checkpoint(Path(path, REST))
+        return path
+    read_checkpoint(path)
+    return str(usable_checkpoint(path))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -196,7 +196,7 @@ def evaluate_checkpoint(
     probed: dict[str, Any] = {}
     previous: dict[str, torch.Tensor] = {}
     for name in names:
-        model, info = load_model(path, "raw" if name == "raw" else "ema")
+        model, info = load_model(path, "raw" if name == "raw" else "ema", allow_own=True)
         chosen = select_modes(modes, info["decode_modes"] or FOLDER_MODES, presets_of(model))
         loader = evaluation_loader(data, image_size_of(model), batch_size, limit, num_workers, allow_pipe)
         if results and _same_tensors(previous, model.state_dict()):

@@ -15,7 +15,7 @@ from v2flow.cli_experiment import TEXT_TO_IMAGE, model_class
 from v2flow.cli_training import build_experiment
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
-from v2flow.training.checkpoint import load_own
+from v2flow.training.own_tokenizer import load_own
 
 FRECHET_PICTURES = 2560
 """Pictures from which on the offline extractor's Fréchet distance is given (twice its 1,280 features)."""

@@ -24,7 +24,7 @@ class Row:
         arguments: words for `v2flow fit`.
         experiment: experiment file; when None the suite's, with the arguments that its rows share.
         tokenizer: `MODULE:FUNCTION` or `MODULE:FUNCTION=ARGUMENT` that gives a tokenizer which is not trained here;
-            see `v2flow.training.checkpoint.load_own`.
+            see `v2flow.training.own_tokenizer.load_own`.
         comparable: whether tokens a picture and bits a token must be those of the first row.
         modes: decode modes to score, by name or written out; None for the suite's.
         optional: leave the row out, and say so, where its tokenizer cannot be had.

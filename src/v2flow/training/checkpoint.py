@@ -2,9 +2,6 @@
 
 import importlib
 import pickle
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +20,7 @@ from v2flow.hub import (
     read_weights,
 )
 from v2flow.training.checkpoint_files import usable_checkpoint
+from v2flow.training.own_tokenizer import is_own, load_own
 
 if TYPE_CHECKING:
     from v2flow.tokenizer import V2FlowTokenizer
@@ -93,66 +91,21 @@ def build_model(info: dict[str, Any], where: str) -> nn.Module:
     return model
 
 
-def load_own(name: str) -> nn.Module:
-    """A tokenizer of the user's: what `FUNCTION` of `MODULE` returns.
-
-    It is a `torch.nn.Module` with `encode(images [B, 3, S, S] in [0, 1]) -> ids [B, N]`, `decode(ids) -> images`, and
-    the attributes `image_size` (S), `num_tokens` (N) and `codebook_size` (K). The module is looked for in the working
-    directory as well.
-
-    Args:
-        name: `MODULE:FUNCTION`, or `MODULE:FUNCTION=ARGUMENT` to call it with one word.
-
-    Raises:
-        V2FlowError: the module or function is not there, or what it returns lacks one of these.
-    """
-    place, _, argument = name.partition("=")
-    module, _, function = place.partition(":")
-    try:
-        with _working_directory_first():
-            build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise V2FlowError(
-            f"tokenizer {name}: expected MODULE:FUNCTION that can be imported, but {error}"
-        ) from error
-    own = build(argument) if argument else build()
-    needed = ("encode", "decode", "image_size", "num_tokens", "codebook_size")
-    lacking = [part for part in needed if not hasattr(own, part)]
-    if lacking or not isinstance(own, nn.Module):
-        what = f"no {', '.join(lacking)}" if lacking else type(own).__name__
-        raise V2FlowError(
-            f"tokenizer {name}: expected a torch.nn.Module with {', '.join(needed)}, found {what}"
-        )
-    return own.eval()
-
-
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    """The command `v2flow` does not have the working directory on its path, `python -m` has."""
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(Path.cwd()))
-
-
-def is_own(path: str | Path) -> bool:
-    """Whether a checkpoint's name is `MODULE:FUNCTION`, a tokenizer of the user's."""
-    return ":" in str(path) and not Path(path).exists()
-
-
-def load_model(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> tuple[nn.Module, dict[str, Any]]:
+def load_model(
+    path: str | Path, weights: Literal["ema", "raw"] = "ema", allow_own: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model in evaluation mode and what is known of it.
 
     Args:
-        path: a .ckpt file, a folder made by `v2flow export` (which holds one set of weights), or a tokenizer of the
-            user's, see :func:`load_own`.
+        path: a .ckpt file or a folder made by `v2flow export` (which holds one set of weights).
         weights: averaged or raw weights of a .ckpt file.
+        allow_own: `path` is a word that the user has typed, and may name a tokenizer of his own, whose code is run;
+            see :func:`load_own`. Never for words of a file.
 
     Returns:
         The model and {"model", "config", "decode_modes", "step"}.
     """
-    if is_own(path):
+    if allow_own and is_own(path):
         own = load_own(str(path))
         return own, {"model": type(own).__name__, "config": None, "decode_modes": {"own": {}}, "step": None}
     if Path(path).is_dir():

@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from v2flow.errors import V2FlowError
 from v2flow.training.checkpoint_files import previous_of, usable_checkpoint, write_checkpoint
 
 
@@ -12,7 +13,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, made safe: after a crash at any moment, and after a damage to the newest file, a
     run goes on from a whole checkpoint.
 
-    Remote paths, and the folders of sharded checkpoints, are left to Lightning.
+    Remote paths are left to Lightning. Sharded checkpoints do not come here: their strategy reads and writes them.
     """
 
     def save_checkpoint(
@@ -28,7 +29,12 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: Optional[bool] = None
     ) -> dict[str, Any]:
         """Reads the file, or the one before where its checksum does not fit."""
-        if not _is_remote(path) and not Path(path).is_dir():
+        if Path(path).is_dir():
+            raise V2FlowError(
+                f"{path}: expected a .ckpt file, found a folder; a sharded checkpoint is read by the strategy that wrote "
+                "it: --trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+            )
+        if not _is_remote(path):
             path = usable_checkpoint(path)
         # Lightning's default for a URL is to unpickle whatever is in it.
         return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
