@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -20,13 +22,14 @@ from PIL import Image
 
 from v2flow.config import TokenizerConfig, from_dict
 from v2flow.data.batches import EvaluationBatches, Request, SampleReader, TrainBatches
-from v2flow.data.decode import MAX_CAPTION, BadSampleError, decode_caption, decode_image
+from v2flow.data.decode import MAX_CAPTION, MAX_PIXELS, BadSampleError, decode_caption, decode_image
 from v2flow.data.folder import build_folder
 from v2flow.data.manifest import MAX_KEY, index_tar, read_manifest, write_manifest
 from v2flow.data.shards import expand_shards, open_shards
 from v2flow.data.tokens import TokenReader
 from v2flow.data.validate import validate_shards
 from v2flow.errors import V2FlowError
+from v2flow.images import read_picture
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
 
 SIZE = 16
@@ -366,6 +369,48 @@ def test_pictures_that_would_do_harm_are_bad_samples(name: str) -> None:
     with pytest.raises(BadSampleError) as caught:
         decode_image(data)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".bmp", ".tif", ".jp2"])
+def test_no_other_program_is_run_on_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / f"a{suffix}"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    refused(lambda: read_picture(path), str(path), "JPEG/PNG/")
+    options: dict[str, Any] = {"val_fraction": 0, "test_fraction": 0, "processes": 1, "progress": False}
+    (path.parent / "good.png").write_bytes(numbered_picture(1))
+    assert list(build_folder(path.parent, tmp_path / "out", **options).bad) == [str(path)]
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(OSError), Image.open(path) as image:
+        image.load()
+    assert (tmp_path / "ran").exists(), "else this test could not fail"
+
+
+PEAK = """
+import resource, sys
+from v2flow.data.decode import decode_image
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+size = decode_image(data).size
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / size[0] / size[1])
+"""
+
+
+def test_no_picture_takes_more_than_a_gigabyte(tmp_path: Path) -> None:
+    """Of the 64 million pixels that are allowed; 16-bit grey is the worst one, and measured on fewer."""
+    Image.new("I;16", (4000, 4000)).save(tmp_path / "a.png", compress_level=1)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "a.png")]
+    bytes_a_pixel = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert bytes_a_pixel * MAX_PIXELS < 1 << 30
 
 
 # --- captions -----------------------------------------------------------------------------------------------------
