@@ -9,8 +9,10 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,10 @@ from v2flow.config import TokenizerConfig, from_dict
 from v2flow.data.batches import EvaluationBatches, Request, SampleReader, TrainBatches
 from v2flow.data.decode import MAX_CAPTION, MAX_PIXELS, BadSampleError, decode_caption, decode_image
 from v2flow.data.folder import build_folder
-from v2flow.data.manifest import MAX_KEY, index_tar, read_manifest, write_manifest
-from v2flow.data.shards import expand_shards, open_shards
+from v2flow.data.manifest import FORMAT, MAX_KEY, index_tar, read_manifest, write_manifest
+from v2flow.data.shards import Shard, ShardSet, expand_shards, open_shards
 from v2flow.data.tokens import TokenReader
-from v2flow.data.validate import validate_shards
+from v2flow.data.validate import _check, validate_shards
 from v2flow.errors import V2FlowError
 from v2flow.images import read_picture
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
@@ -271,6 +273,19 @@ def test_a_manifest_names_files_beside_it_and_bytes_inside_them(tmp_path: Path) 
     refused(lambda: read_manifest("[" * 100_000, "manifest.json"), "not a manifest")
 
 
+@pytest.mark.parametrize("long", [4_000_000, MAX_KEY], ids=["too long a key", "as long as is allowed"])
+def test_a_manifest_takes_no_more_memory_than_it_has_bytes_for(long: int) -> None:
+    """Each key of a shard gets the room of the longest one."""
+    keys = ["k" * long] + [str(i) for i in range(200_000)]
+    shards = [{"file": "s.tar", "bytes": 1 << 40, "samples": len(keys), "keys": keys}]
+    text = json.dumps({"format": FORMAT, "build": {}, "shards": shards})
+    tracemalloc.start()
+    refused(lambda: read_manifest(text, "manifest.json"), "not a manifest", f"one of them of {long} bytes")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
+
+
 def test_headers_that_make_no_sense_end_the_reading(tmp_path: Path) -> None:
     picture = numbered_picture(1)
     for name, headers in (
@@ -290,6 +305,38 @@ def test_headers_that_make_no_sense_end_the_reading(tmp_path: Path) -> None:
         archive.addfile(info, io.BytesIO(data))
     refused(lambda: open_shards(str(tmp_path / "latin.tar"), progress=False), "is not UTF-8")
     assert not validate_shards(str(tmp_path / "latin.tar"), processes=1, progress=False).ok
+
+
+def test_long_names_upon_long_names_end_the_reading(tmp_path: Path) -> None:
+    """The tarfile module reads them by recursion."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    header = info.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(tarfile.BLOCKSIZE, b"\0")
+    path = tmp_path / "s.tar"
+    path.write_bytes(header * 1200)
+    refused(lambda: open_shards(str(path), progress=False), str(path))
+    assert not validate_shards(str(path), processes=1, progress=False).ok
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    """The file has holes there, which take no room on the disk."""
+    path, size = tmp_path / "s.tar", 3 << 30  # more than one call can read
+    write_tar(path, [("a.png", numbered_picture(1)), ("b.png", numbered_picture(2))])
+    index = replace(index_tar(path), size=2 * size)
+    index.members[0, 1:] = index.members[1, 0] = [1 << 20, size]
+    os.truncate(path, index.size)
+    shards = ShardSet([Shard(str(path), index, "", False)])
+    tracemalloc.start()
+    batch = EvaluationBatches(SampleReader(shards, SIZE), 2)[Request(0, 0, 2)]
+    assert list(batch.bad) == [1] and f"sample 'b': image: {size:,} bytes" in batch.bad[1]
+    assert batch.caption == ["", ""]
+    batch = EvaluationBatches(SampleReader(shards, SIZE, captions=True), 2)[Request(0, 0, 2)]
+    assert batch.error == f"{path}, sample 'a': txt: {size:,} bytes, more than {MAX_CAPTION:,}"
+    refused(lambda: TokenReader(shards).content(0), f"{path}, sample 'a': json: {size:,} bytes")
+    found = _check(shards.shards[0], 0)
+    assert [line.split(":")[1].strip() for line in found.bad] == ["cls", "image"]
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -437,7 +484,7 @@ def test_captions_that_are_none(tmp_path: Path, txt: bytes | None, json_text: by
     shards = open_shards(
         write_tar(tmp_path / "s.tar", [m for m in members if m[1] is not None]), progress=False
     )  # type: ignore[misc]
-    refused(lambda: SampleReader(shards, SIZE, captions=True).caption(0), "sample 'a': caption")
+    refused(lambda: SampleReader(shards, SIZE, captions=True).caption(0), "sample 'a': ")
     assert SampleReader(shards, SIZE).caption(0) == ""
 
 
