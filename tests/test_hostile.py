@@ -6,9 +6,13 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,14 @@ from PIL import Image
 from v2flow.cli_training import _checked
 from v2flow.config import TokenizerConfig, from_dict
 from v2flow.data.batches import EvaluationBatches, Request, SampleReader, TrainBatches
-from v2flow.data.decode import MAX_CAPTION, BadSampleError, decode_caption, decode_image
+from v2flow.data.decode import MAX_CAPTION, MAX_PIXELS, BadSampleError, decode_caption, decode_image
 from v2flow.data.folder import build_folder
-from v2flow.data.manifest import MAX_KEY, index_tar, read_manifest, write_manifest
-from v2flow.data.shards import expand_shards, open_shards
+from v2flow.data.manifest import FORMAT, MAX_KEY, index_tar, read_manifest, write_manifest
+from v2flow.data.shards import Shard, ShardSet, expand_shards, open_shards
 from v2flow.data.tokens import TokenReader
-from v2flow.data.validate import validate_shards
+from v2flow.data.validate import _check, validate_shards
 from v2flow.errors import V2FlowError
+from v2flow.images import read_picture
 from v2flow.training.checkpoint_files import write_checkpoint
 from v2flow.training.checkpoint_folders import check_sharded_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
@@ -163,7 +168,9 @@ def test_a_sharded_checkpoint_runs_nothing(tmp_path: Path) -> None:
         (evil / name).write_bytes(pickle.dumps(Bomb(ran)))
         refused(lambda evil=evil: _checked(str(evil)), str(evil))
         refused(lambda evil=evil: CheckedCheckpointIO().load_checkpoint(evil), "found a folder")
-    refused(lambda: check_sharded_checkpoint(tmp_path), "expected a .ckpt file or a sharded checkpoint's folder")
+    refused(
+        lambda: check_sharded_checkpoint(tmp_path), "expected a .ckpt file or a sharded checkpoint's folder"
+    )
     assert not ran.exists()
     with pytest.raises(torch.distributed.checkpoint.CheckpointException):
         torch.distributed.checkpoint.load({"lr": 0.0}, checkpoint_id=tmp_path / "metadata", no_dist=True)
@@ -318,6 +325,19 @@ def test_a_manifest_names_files_beside_it_and_bytes_inside_them(tmp_path: Path) 
     refused(lambda: read_manifest("[" * 100_000, "manifest.json"), "not a manifest")
 
 
+@pytest.mark.parametrize("long", [4_000_000, MAX_KEY], ids=["too long a key", "as long as is allowed"])
+def test_a_manifest_takes_no_more_memory_than_it_has_bytes_for(long: int) -> None:
+    """Each key of a shard gets the room of the longest one."""
+    keys = ["k" * long] + [str(i) for i in range(200_000)]
+    shards = [{"file": "s.tar", "bytes": 1 << 40, "samples": len(keys), "keys": keys}]
+    text = json.dumps({"format": FORMAT, "build": {}, "shards": shards})
+    tracemalloc.start()
+    refused(lambda: read_manifest(text, "manifest.json"), "not a manifest", f"one of them of {long} bytes")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
+
+
 def test_headers_that_make_no_sense_end_the_reading(tmp_path: Path) -> None:
     picture = numbered_picture(1)
     for name, headers in (
@@ -337,6 +357,38 @@ def test_headers_that_make_no_sense_end_the_reading(tmp_path: Path) -> None:
         archive.addfile(info, io.BytesIO(data))
     refused(lambda: open_shards(str(tmp_path / "latin.tar"), progress=False), "is not UTF-8")
     assert not validate_shards(str(tmp_path / "latin.tar"), processes=1, progress=False).ok
+
+
+def test_long_names_upon_long_names_end_the_reading(tmp_path: Path) -> None:
+    """The tarfile module reads them by recursion."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    header = info.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(tarfile.BLOCKSIZE, b"\0")
+    path = tmp_path / "s.tar"
+    path.write_bytes(header * 1200)
+    refused(lambda: open_shards(str(path), progress=False), str(path))
+    assert not validate_shards(str(path), processes=1, progress=False).ok
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    """The file has holes there, which take no room on the disk."""
+    path, size = tmp_path / "s.tar", 3 << 30  # more than one call can read
+    write_tar(path, [("a.png", numbered_picture(1)), ("b.png", numbered_picture(2))])
+    index = replace(index_tar(path), size=2 * size)
+    index.members[0, 1:] = index.members[1, 0] = [1 << 20, size]
+    os.truncate(path, index.size)
+    shards = ShardSet([Shard(str(path), index, "", False)])
+    tracemalloc.start()
+    batch = EvaluationBatches(SampleReader(shards, SIZE), 2)[Request(0, 0, 2)]
+    assert list(batch.bad) == [1] and f"sample 'b': image: {size:,} bytes" in batch.bad[1]
+    assert batch.caption == ["", ""]
+    batch = EvaluationBatches(SampleReader(shards, SIZE, captions=True), 2)[Request(0, 0, 2)]
+    assert batch.error == f"{path}, sample 'a': txt: {size:,} bytes, more than {MAX_CAPTION:,}"
+    refused(lambda: TokenReader(shards).content(0), f"{path}, sample 'a': json: {size:,} bytes")
+    found = _check(shards.shards[0], 0)
+    assert [line.split(":")[1].strip() for line in found.bad] == ["cls", "image"]
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -418,6 +470,48 @@ def test_pictures_that_would_do_harm_are_bad_samples(name: str) -> None:
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".bmp", ".tif", ".jp2"])
+def test_no_other_program_is_run_on_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / f"a{suffix}"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    refused(lambda: read_picture(path), str(path), "JPEG/PNG/")
+    options: dict[str, Any] = {"val_fraction": 0, "test_fraction": 0, "processes": 1, "progress": False}
+    (path.parent / "good.png").write_bytes(numbered_picture(1))
+    assert list(build_folder(path.parent, tmp_path / "out", **options).bad) == [str(path)]
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(OSError), Image.open(path) as image:
+        image.load()
+    assert (tmp_path / "ran").exists(), "else this test could not fail"
+
+
+PEAK = """
+import resource, sys
+from v2flow.data.decode import decode_image
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+size = decode_image(data).size
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / size[0] / size[1])
+"""
+
+
+def test_no_picture_takes_more_than_a_gigabyte(tmp_path: Path) -> None:
+    """Of the 64 million pixels that are allowed; 16-bit grey is the worst one, and measured on fewer."""
+    Image.new("I;16", (4000, 4000)).save(tmp_path / "a.png", compress_level=1)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "a.png")]
+    bytes_a_pixel = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert bytes_a_pixel * MAX_PIXELS < 1 << 30
+
+
 # --- captions -----------------------------------------------------------------------------------------------------
 
 
@@ -442,7 +536,7 @@ def test_captions_that_are_none(tmp_path: Path, txt: bytes | None, json_text: by
     shards = open_shards(
         write_tar(tmp_path / "s.tar", [m for m in members if m[1] is not None]), progress=False
     )  # type: ignore[misc]
-    refused(lambda: SampleReader(shards, SIZE, captions=True).caption(0), "sample 'a': caption")
+    refused(lambda: SampleReader(shards, SIZE, captions=True).caption(0), "sample 'a': ")
     assert SampleReader(shards, SIZE).caption(0) == ""
 
 

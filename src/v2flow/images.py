@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from v2flow.data.decode import BadSampleError, decode_image
+from v2flow.data.decode import FILE_FORMATS, BadSampleError, decode_image
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import to_uint8
@@ -22,13 +22,13 @@ GRID_PICTURES, GRID_COLUMNS = 64, 8
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """A picture file in mode RGB, decoded as training pictures are, in any format that Pillow knows.
+    """A picture file in mode RGB, decoded as training pictures are, also of the other formats of `FILE_FORMATS`.
 
     Raises:
         V2FlowError: the file is missing or is no picture that can be decoded.
     """
     try:
-        return decode_image(Path(path).read_bytes(), formats=None)
+        return decode_image(Path(path).read_bytes(), FILE_FORMATS)
     except FileNotFoundError as error:
         raise V2FlowError(f"{path}: no such picture file") from error
     except BadSampleError as error:

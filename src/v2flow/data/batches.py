@@ -71,6 +71,16 @@ class Reader(ABC):
             BadSampleError: there is nothing that can be used.
         """
 
+    def member(self, sample: int, field: int) -> bytes | None:
+        """A member's bytes, or None if the sample has none; see `ShardSet.read`.
+
+        Raises:
+            BadSampleError: it is too large.
+        """
+        if reason := self.shards.too_large(sample, field):
+            raise BadSampleError(reason)
+        return self.shards.read(sample, field)
+
     def mirrored(self, content: np.ndarray) -> np.ndarray:
         """The content of a picture's mirror image, if there are pictures."""
         raise NotImplementedError
@@ -90,8 +100,8 @@ class Reader(ABC):
             V2FlowError: captions are required and this sample has none.
         """
         try:
-            txt = self.shards.read(sample, _TXT)
-            caption = decode_caption(txt, self.shards.read(sample, _JSON) if txt is None else None)
+            txt = self.member(sample, _TXT)
+            caption = decode_caption(txt, self.member(sample, _JSON) if txt is None else None)
         except BadSampleError as error:
             if self.captions:
                 raise V2FlowError(f"{self.shards.where(sample)}: {error}") from error
@@ -136,7 +146,7 @@ class SampleReader(Reader):
         """
         picture = self._decoded.get(sample)
         if picture is None:
-            data = self.shards.read(sample, _IMAGE)
+            data = self.member(sample, _IMAGE)
             if data is None:
                 raise BadSampleError(
                     "no member jpg, jpeg, png or webp (does its file name have a second dot?)"

@@ -1,4 +1,4 @@
-"""Decoding pictures and captions by an allow-list: JPEG, PNG, WebP and text. Nothing is ever unpickled."""
+"""Decoding pictures and captions by an allow-list of formats. Nothing is ever unpickled, no other program is run."""
 
 import io
 import json
@@ -15,6 +15,9 @@ MAX_CAPTION = 1 << 20
 """Bytes of a caption; a longer one is a mistake, or an attempt to fill the memory."""
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Decoders that may run on shards, whatever a member is called."""
+FILE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+"""Those for picture files. Of all that Pillow knows some hand a file, whatever it is called, to Ghostscript."""
+_BAND = 1 << 22  # pixels that are converted at a time
 RESAMPLING = Image.Resampling.BICUBIC
 _FAILURES = (
     OSError, ValueError, SyntaxError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,
@@ -27,13 +30,13 @@ class BadSampleError(Exception):
     """A sample that cannot be used; the message is the reason, on one line."""
 
 
-def decode_image(data: bytes, formats: tuple[str, ...] | None = FORMATS) -> Image.Image:
+def decode_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """An encoded picture as it is meant to be seen, mode RGB.
 
     The EXIF orientation is applied, transparency laid on white, 16-bit grey scaled to 8 bits.
 
     Args:
-        formats: Pillow's names of the formats that may be decoded; None for all that Pillow knows.
+        formats: Pillow's names of the formats that may be decoded.
 
     Raises:
         BadSampleError: not such a picture, damaged, or of more than `MAX_PIXELS` pixels.
@@ -47,16 +50,29 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = FORMATS) -> Imag
     except _FAILURES as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "cannot identify image file" in reason:
-            reason = "not a JPEG, PNG or WebP picture" if formats else "not a picture"
+            names = "JPEG, PNG or WebP" if formats == FORMATS else "/".join(formats)
+            reason = f"not a {names} picture"
         raise BadSampleError(reason) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture, turned upright, in mode RGB."""
+    """A decoded picture, turned upright (the one given is changed), in mode RGB."""
     if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    if rows >= height:
+        return _colours(image)
+    # In bands: what lies between takes up to 24 bytes a pixel, which of 64 million pixels would be gigabytes.
+    result = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        result.paste(_colours(image.crop((0, top, width, min(top + rows, height)))), (0, top))
+    return result
+
+
+def _colours(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit grey instead of scaling it.
         grey = np.asarray(image).astype(np.float64) / 257.0

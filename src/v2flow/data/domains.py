@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from v2flow.data.decode import BadSampleError, decode_image, square_crop
+from v2flow.data.decode import FILE_FORMATS, BadSampleError, decode_image, square_crop
 from v2flow.data.writer import Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
 
@@ -263,7 +263,7 @@ def _patches(source: Source, path: Path, size: int) -> Iterator[tuple[str, np.nd
 
 def _read_picture(path: Path) -> Image.Image:
     try:
-        return decode_image(path.read_bytes(), formats=None)
+        return decode_image(path.read_bytes(), FILE_FORMATS)
     except BadSampleError as error:
         raise V2FlowError(f"{path}: cannot be decoded: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from v2flow.data.decode import BadSampleError, decode_image
+from v2flow.data.decode import FILE_FORMATS, BadSampleError, decode_image
 from v2flow.data.writer import Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
 
@@ -212,7 +212,7 @@ def _encode(path: Path, source: Path) -> tuple[str, bytes] | str:
     try:
         data = path.read_bytes()
         extension = COPIED.get(path.suffix.lower())
-        picture = decode_image(data) if extension else decode_image(data, formats=None)
+        picture = decode_image(data) if extension else decode_image(data, FILE_FORMATS)
     except (BadSampleError, OSError) as error:
         return str(error)
     if extension:

@@ -222,7 +222,7 @@ class LatentReader(Reader):
         Raises:
             BadSampleError: none, damaged ones, or those of another codec.
         """
-        data = self.shards.read(sample, PLACE)
+        data = self.member(sample, PLACE)
         if data is None:
             raise BadSampleError("no latents; build them with `v2flow data latents`")
         return self.form.unpack(data)

@@ -142,8 +142,11 @@ def check_key(key: str, name: str) -> None:
         raise V2FlowError(f"{name}: a key of {length} bytes, {key[:40]!r}…, more than {MAX_KEY}; rename it")
 
 
-# What the tarfile module raises on headers that make no sense: their numbers, texts and sizes can be anything.
-TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, LookupError, TypeError)
+# What the tarfile module raises on headers that make no sense: their numbers, texts and sizes can be anything, and a
+# header for a long name can be followed by another one, and so on.
+TAR_ERRORS = (
+    tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, LookupError, TypeError, RecursionError,
+)  # fmt: skip
 
 
 def plain_files(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
@@ -233,9 +236,12 @@ def read_manifest(text: str, name: str) -> tuple[dict[str, Any], dict[str, Shard
         document = json.loads(text)
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']!r}, expected {FORMAT!r}")
+        _check_keys(document["shards"], (1 << 28) + 16 * len(text))
         indexes = {_plain_name(entry["file"]): _index_of(entry) for entry in document["shards"]}
         return dict(document["build"]), indexes
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (
+        ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError,
+    ) as error:  # fmt: skip
         raise V2FlowError(
             f"{name}: not a manifest of v2flow's ({_first_line(error)}); remove it or build the shards again"
         ) from error
@@ -245,6 +251,16 @@ def _plain_name(name: str) -> str:
     if Path(name).name != name:
         raise ValueError(f"{name!r} is not the name of a file beside it")
     return name
+
+
+def _check_keys(shards: Sequence[Mapping[str, Any]], most: int) -> None:
+    """Each key gets the room of the longest one of its shard: of a small file that could be gigabytes."""
+    room = 0
+    for entry in shards:
+        longest = max((len(key.encode()) for key in entry["keys"]), default=0)
+        room += longest * len(entry["keys"])
+        if longest > MAX_KEY or room > most:
+            raise ValueError(f"{entry['file']} has {len(entry['keys'])} keys, one of them of {longest} bytes")
 
 
 def _index_of(entry: Mapping[str, Any]) -> ShardIndex:

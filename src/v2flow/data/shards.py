@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 from webdataset.gopen import gopen
 
+from v2flow.data.decode import MAX_CAPTION
 from v2flow.data.disk import disk_reason
 from v2flow.data.http import HttpStream, fetch_text, probe, register_openers
 from v2flow.data.manifest import (
@@ -35,6 +36,8 @@ from v2flow.paths import cache_dir
 
 Shards = str | Sequence[str]
 MAX_OPEN_FILES = 64
+MAX_BYTES = {"image": 256 << 20, "txt": MAX_CAPTION, "json": MAX_CAPTION, "cls": MAX_CAPTION}
+"""Of members by field; a larger one is never read."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 
@@ -157,16 +160,25 @@ class ShardSet:
         shard, row = self.locate(sample)
         return f"{self.shards[shard].name}, sample {self.shards[shard].index.key(row)!r}"
 
+    def too_large(self, sample: int, field: int) -> str:
+        """What is wrong with a member of more than `MAX_BYTES`; empty if nothing is."""
+        shard, row = self.locate(sample)
+        size, most = int(self.shards[shard].index.members[row, field, 1]), MAX_BYTES[FIELDS[field]]
+        return f"{FIELDS[field]}: {size:,} bytes, more than {most:,}" if size > most else ""
+
     def read(self, sample: int, field: int) -> bytes | None:
         """A member's bytes, or None if the sample has none. `field` counts in FIELDS.
 
         Raises:
-            V2FlowError: the shard was removed, changed or made shorter since it was opened, or cannot be read.
+            V2FlowError: the shard was removed, changed or made shorter since it was opened, or cannot be read; or the
+                member is too large.
         """
         shard, row = self.locate(sample)
         offset, size = self.shards[shard].index.members[row, field].tolist()
         if offset < 0:
             return None
+        if reason := self.too_large(sample, field):
+            raise V2FlowError(f"{self.where(sample)}: {reason}; take it out of the shard")
         file = self._open(shard)
         try:
             data = os.pread(file, size, offset)

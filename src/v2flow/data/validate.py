@@ -229,8 +229,10 @@ def _check(shard: Shard, start: int) -> _Found:
             picture = decode_image(data)
             found.sizes.append(picture.size)
             found.formats[_format(data)] += 1
-        except (BadSampleError, V2FlowError) as error:
+        except BadSampleError as error:
             found.bad.append(f"{shards.where(sample)}: {error}")
+        except V2FlowError as error:
+            found.bad.append(str(error))
         _check_texts(shards, sample, found)
     return found
 
@@ -242,8 +244,10 @@ def _check_texts(shards: ShardSet, sample: int, found: _Found) -> None:
             raise BadSampleError(f"cls: expected a class number, found {label[:20]!r}")
         if not decode_caption(shards.read(sample, _TXT), shards.read(sample, _JSON)):
             found.uncaptioned.append(shards.key(sample))
-    except (BadSampleError, V2FlowError) as error:
+    except BadSampleError as error:
         found.bad.append(f"{shards.where(sample)}: {error}")
+    except V2FlowError as error:
+        found.bad.append(str(error))
 
 
 def _format(data: bytes) -> str:
