@@ -22,6 +22,7 @@ from v2flow.errors import V2FlowError
 from v2flow.metrics import extractors
 from v2flow.training.checkpoint import load_model
 from v2flow.training.ema import EMACallback
+from v2flow.training.health import HealthCallback
 from v2flow.training.optimizer import OptimizerConfig
 
 pytestmark = [
@@ -110,6 +111,19 @@ def test_the_models_side_moves_pictures_alone() -> None:
     assert not any(map(torch.equal, before, judge.discriminator.parameters()))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pictures_that_are_not_finite_are_no_step(value: float) -> None:
+    """Neither weights nor moments change, and training goes on as if they had not come."""
+    judge, other = adversary(), adversary()
+    for step in range(4):
+        judge.step(pictures(4, seed=step), pictures(4, seed=step + 50))
+        other.step(pictures(4, seed=step), pictures(4, seed=step + 50))
+        judge.step(pictures(4), torch.full((4, 3, 16, 16), value))
+    assert equal_states(judge.discriminator.state_dict(), other.discriminator.state_dict())
+    moments = [one.optimizer.state_dict()["state"] for one in (judge, other)]
+    assert all(equal_states(moments[0][number], moments[1][number]) for number in moments[1])
+
+
 def test_adaptive_weight_makes_gradients_equal() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3)
@@ -180,6 +194,29 @@ def test_until_it_starts_nothing_is_different(tmp_path: Path) -> None:
     assert late.untouched == [True] * 4
     stages = make_module(adversarial=1.0, adversarial_start=1).training_stages()
     assert stages == {"reconstruction": (0.0, 0.25), "adversarial": (0.25, 1.0)}
+
+
+class SpoilBatch(Callback):
+    """The second batch has a picture that is not finite."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1:
+            batch["image"] = batch["image"].clone()
+            batch["image"][0] = float("nan")
+
+
+def test_one_bad_batch_spoils_neither_side(tmp_path: Path) -> None:
+    """One step is left out, and those after it are made."""
+    module, health = make_module(adversarial=1.0), HealthCallback()
+    trainer = fit(module, tmp_path, health, SpoilBatch())
+    assert health.state_dict()["skipped"] == 1 and trainer.global_step == 4
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    for state in (checkpoint["adversary"]["discriminator"], checkpoint["state_dict"]):
+        assert all(value.isfinite().all() for value in state.values())
+    assert checkpoint["adversary"]["optimizer"]["state"][0]["step"] == 3
 
 
 def test_the_discriminator_is_no_part_of_the_model(tmp_path: Path) -> None:
@@ -312,6 +349,10 @@ def train_rank(rank: int, folder: str) -> None:
     judge = adversary()
     for step in range(3):
         judge.step(pictures(8, seed=step)[rank::2], pictures(8, seed=step + 50)[rank::2])
+        if rank == 1:  # a picture of one rank is no step of either
+            judge.step(pictures(4), torch.full((4, 3, 16, 16), float("nan")))
+        else:
+            judge.step(pictures(4), pictures(4, seed=1))
     x = torch.full((3,), 1.0 + rank, requires_grad=True)
     weight = adaptive_weight(x.square().sum(), x.sum(), x)
     torch.save((judge.discriminator.state_dict(), weight), f"{folder}/{rank}.pt")

@@ -28,11 +28,14 @@ BATCHES = 12
 
 
 class Model(LightningModule):
-    """A layer and a running sum of its inputs; `bad` batches have a loss or a gradient that is not finite."""
+    """A layer and a running sum of its inputs. Batches of these numbers have a loss, a gradient or both that are not
+    finite; only `loss` spoils the sum."""
 
-    def __init__(self, loss: tuple[int, ...] = (), gradient: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, loss: tuple[int, ...] = (), gradient: tuple[int, ...] = (), value: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
-        self.loss, self.gradient = loss, gradient
+        self.loss, self.gradient, self.value = loss, gradient, value
         self.optimizer_config = OptimizerConfig(total_steps=10**6)  # the clock of the averaged weights
         self.layer = nn.Linear(3, 1)
         self.register_buffer("total", torch.zeros(3))
@@ -45,6 +48,7 @@ class Model(LightningModule):
             batch = batch * float("inf")
         self.total += batch.sum(0)
         loss = (self.layer(batch) - 1).square().mean()
+        loss = loss + float("inf") if number in self.value else loss  # its gradient is that of any other
         # The root has the value 0 and no finite slope.
         return loss + (0 * self.layer.weight.sum()).sqrt() if number in self.gradient else loss
 
@@ -60,15 +64,19 @@ def batches() -> Tensor:
 
 
 def fit(
-    module: LightningModule, folder: Path, *callbacks: Callback, resume: Path | None = None, **options: Any
-):
+    module: LightningModule, folder: Path, *callbacks: Callback, resume: Path | None = None, first: int = 0,
+    **options: Any,
+):  # fmt: skip
+    """Trains on the batches from the `first` on, those before it coming last."""
     options = {"max_epochs": 1, "log_every_n_steps": 1} | options
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=False, callbacks=[*callbacks], enable_progress_bar=False,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_model_summary=False, default_root_dir=folder, **options,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(batches(), batch_size=None), ckpt_path=resume, weights_only=True)
+    trainer.fit(
+        module, DataLoader(batches().roll(-first, 0), batch_size=None), ckpt_path=resume, weights_only=True
+    )
     return trainer
 
 
@@ -151,6 +159,34 @@ def test_the_count_goes_on_after_a_resume(tmp_path: Path) -> None:
     health = HealthCallback()
     fit(Model(loss=(1, 6)), tmp_path, health, resume=tmp_path / "step=4.ckpt")
     assert health.state_dict()["skipped"] == 2
+
+
+class SaveAfter(Callback):
+    def __init__(self, batch: int, path: Path) -> None:
+        self.batch, self.path = batch, path
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("bad", [{"loss": (7,)}, {"value": (6,)}], ids=["statistics", "loss alone"])
+def test_a_resume_amid_the_accumulation_leaves_the_same_step_out(
+    tmp_path: Path, bad: dict[str, tuple[int, ...]]
+) -> None:
+    """Saved after two of its three batches, one of which was not finite."""
+    weight, _, total = plain(Model(), {2}, accumulate=3)
+    path = tmp_path / "amid.ckpt"
+    callbacks = [ExactResumeCallback(), SaveAfter(7, path)]
+    fit(Model(**bad), tmp_path, HealthCallback(), *callbacks, accumulate_grad_batches=3)
+    module, health = Model(**bad), HealthCallback()
+    callbacks = [ExactResumeCallback(), health]
+    fit(module, tmp_path, *callbacks, resume=path, first=8, accumulate_grad_batches=3)
+    torch.testing.assert_close(module.layer.weight.detach(), weight)
+    torch.testing.assert_close(module.total, total)
+    assert health.state_dict()["skipped"] == 1
 
 
 # --- what goes wrong slowly -------------------------------------------------------------------------------------

@@ -74,14 +74,18 @@ class Adversary:
 
     def step(self, real: Tensor, fake: Tensor) -> Tensor:
         """One step of the discriminator on pictures `[B, 3, H, W]`; its hinge loss before it, 1 for one that is
-        undecided."""
+        undecided. No rank makes a step whose loss or gradient is not finite on one of them: it would never recover."""
         self.discriminator.requires_grad_(True)
         verdicts = self.discriminator(real), self.discriminator(fake.detach())
         loss = (F.relu(1 - verdicts[0]).mean() + F.relu(1 + verdicts[1]).mean()) / 2
         self.optimizer.zero_grad()
         loss.backward()
-        _average([p.grad for p in self.discriminator.parameters() if p.grad is not None])
-        self.optimizer.step()
+        judged = [p.grad for p in self.discriminator.parameters() if p.grad is not None] + [
+            loss.detach().clone()
+        ]
+        _average(judged)  # and so not finite on all ranks
+        if nn.utils.get_total_norm(judged).isfinite():
+            self.optimizer.step()
         return loss.detach()
 
     def loss(self, fake: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from v2flow.training.resume import is_accumulating
 
 _log = logging.getLogger(__name__)
 
+_BEGUN = "step_begun"  # its key in a checkpoint
 _HISTORY = 20  # log intervals that say what a usual gradient is
 _ADVICE = {
     "exploding gradients": "lower optimizer.lr, lengthen optimizer.warmup_steps or set trainer.gradient_clip_val",
@@ -69,6 +70,7 @@ class HealthCallback(Callback):
         self._seen_entropy = False
         self._lasting: dict[str, int] = {}  # ailment -> looks in a row
         self._buffers: dict[str, Tensor] = {}  # codebooks and other statistics before this step
+        self._restored: dict[str, Any] = {}  # what was known amid an accumulation
         self._error: V2FlowError | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,6 +88,20 @@ class HealthCallback(Callback):
         self._norms = [torch.tensor(norm) for norm in state_dict["norms"]]
         self._seen_entropy = state_dict["seen_entropy"]
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Amid an accumulation, adds what a resume needs to leave out the step that has begun."""
+        if self.skip_nonfinite and self._finite is not None and is_accumulating(trainer):
+            buffers = {name: copy.cpu() for name, copy in self._buffers.items()}
+            checkpoint[_BEGUN] = {"finite": _on_every_rank(self._finite), "buffers": buffers}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes what was saved amid an accumulation."""
+        self._restored = checkpoint.get(_BEGUN, {})
+
     # --- steps that are not finite -----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,6 +110,11 @@ class HealthCallback(Callback):
         self._norms = [norm.to(pl_module.device) for norm in self._norms]
         saved = pl_module.state_dict().keys() if self.skip_nonfinite else ()
         self._buffers = {name: value.clone() for name, value in pl_module.named_buffers() if name in saved}
+        if self._restored and self.skip_nonfinite:
+            self._finite = torch.tensor(self._restored["finite"], device=pl_module.device)
+            for name, copy in self._buffers.items():
+                copy.copy_(self._restored["buffers"][name])
+        self._restored = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
