@@ -108,6 +108,17 @@ def test_a_damaged_one_gives_way_to_the_one_before(
     assert str(path) in warning and str(previous_of(path)) in warning
 
 
+def test_a_damaged_one_of_slurms_gives_way_to_the_one_with_the_next_lower_number(tmp_path: Path) -> None:
+    paths = {number: written(tmp_path / f"hpc_ckpt_{number}.ckpt", number) for number in (2, 9, 10, 11)}
+    flip(paths[10], 800)
+    assert usable_checkpoint(paths[10]) == paths[9]
+    flip(paths[9], 800)
+    assert usable_checkpoint(paths[10]) == paths[2]
+    flip(paths[2], 800)
+    with pytest.raises(V2FlowError, match=r"hpc_ckpt_9.ckpt \(its checksum is wrong\), nor .*hpc_ckpt_2.ckpt"):
+        usable_checkpoint(paths[10])
+
+
 def test_two_damaged_ones_are_an_error_that_names_both(tmp_path: Path) -> None:
     path = written(tmp_path / "last.ckpt", 1, 2)
     flip(path, 800)

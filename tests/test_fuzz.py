@@ -32,7 +32,7 @@ from v2flow.data.shards import Shard, ShardSet
 from v2flow.data.tokens import TokenReader
 from v2flow.data.validate import _check, _salvage
 from v2flow.errors import V2FlowError
-from v2flow.training.checkpoint import build_model
+from v2flow.training.checkpoint import build_model, load_model
 
 LONG = os.environ.get("V2FLOW_FUZZ") == "long"
 COMMON: dict[str, Any] = {
@@ -319,6 +319,65 @@ def test_configurations_of_checkpoints(data: st.DataObject) -> None:
     if small_enough(info):
         with suppress(V2FlowError):
             assert isinstance(build_model(info, "x.ckpt"), torch.nn.Module)
+
+
+def description() -> dict[str, Any]:
+    """What a checkpoint of the small tokenizer says of it."""
+    model = tokenizer()
+    return {
+        "model": "V2FlowTokenizer", "config": to_dict(model.config), "vocabulary_sha256": model.vocabulary_sha256,
+        "codec_sha256": model.codec.fingerprint(), "decode_modes": {"one": {"steps": 1, "temperature": 0.5}},
+    }  # fmt: skip
+
+
+@given(st.data())
+def test_checkpoints(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Sizes are not bounded here: a description that does not fit the tensors takes no memory."""
+    state = {f"model.{name}": tensor for name, tensor in tokenizer().state_dict().items()}
+    checkpoint = {"v2flow": description(), "state_dict": state, "global_step": 3}
+    path = tmp_path_factory.getbasetemp() / "fuzzed.ckpt"
+    torch.save(change(checkpoint, data.draw), path)
+    if data.draw(st.booleans()):
+        path.write_bytes(mutated(path.read_bytes(), data.draw))
+    with suppress(V2FlowError):
+        model, info = load_model(path)
+        assert isinstance(model, V2FlowTokenizer) and info["model"] == "V2FlowTokenizer"
+
+
+@cache
+def text_to_image() -> dict[str, Any]:
+    from v2flow.t2i.small_llm import backend_text, train_caption_llm_tokenizer
+
+    path = Path(os.environ["V2FLOW_CACHE"]) / "tokenizer"
+    tokenizer().save_pretrained(path)
+    words = backend_text(train_caption_llm_tokenizer(["a dog", "two cats"], 300))
+    config = {"tokenizer": str(path), "llm": "gpt2-style:tiny", "train": "rows", "max_caption": 8}
+    info = {"model": "V2FlowForTextToImage", "config": config, "llm_tokenizer": words}
+    return {"v2flow": info | {"tokenizer_sha256": "a", "llm_sha256": "b"}, "state_dict": {"model.x": torch.ones(1)}}
+
+
+@given(st.data())
+def test_text_to_image_checkpoints(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    pytest.importorskip("transformers")
+    from v2flow.t2i.checkpoint import load_text_to_image
+
+    path = tmp_path_factory.getbasetemp() / "fuzzed-t2i.ckpt"
+    torch.save(change(text_to_image(), data.draw), path)
+    with pytest.raises(V2FlowError):  # at the latest by the names of the models, which are none
+        load_text_to_image(path)
+
+
+@given(st.data())
+def test_exported_folders(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.getbasetemp() / "exported"
+    tokenizer().save_pretrained(folder)
+    document = change(json.loads((folder / "config.json").read_text()), data.draw)
+    (folder / "config.json").write_text(json.dumps(document))
+    name = data.draw(st.sampled_from(["config.json", "model.safetensors", "vocabulary.safetensors", None]))
+    if name is not None:
+        (folder / name).write_bytes(mutated((folder / name).read_bytes(), data.draw))
+    with suppress(V2FlowError):
+        assert isinstance(V2FlowTokenizer.from_pretrained(folder), V2FlowTokenizer)
 
 
 @cache

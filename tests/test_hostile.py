@@ -1,10 +1,12 @@
 """Input that somebody made to do harm: nothing of it runs, nothing is written outside, and each has an outcome."""
 
 import builtins
+import importlib
 import io
 import json
 import os
 import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from data_toys import encode, numbered_picture, write_tar
 from PIL import Image
 
 from v2flow.cli_training import _checked
-from v2flow.config import TokenizerConfig, from_dict
+from v2flow.config import CodecConfig, TokenizerConfig, from_dict, to_dict
 from v2flow.data.batches import EvaluationBatches, Request, SampleReader, TrainBatches
 from v2flow.data.decode import MAX_CAPTION, MAX_PIXELS, BadSampleError, decode_caption, decode_image
 from v2flow.data.folder import build_folder
@@ -215,6 +217,126 @@ def test_a_checkpoint_names_a_model_of_a_list(tmp_path: Path) -> None:
 
     for name in ("os.system", "subprocess.Popen", "torch.nn.Linear", "TokenizerConfig", "__import__"):
         refused(lambda name=name: build_model({"model": name, "config": {}}, "x.ckpt"), "unknown model", name)
+
+
+def tokenizer_checkpoint(path: Path, change: Callable[[dict[str, Any]], Any] = lambda checkpoint: None) -> Path:
+    """A checkpoint of a small tokenizer, with `change` applied to what it says."""
+    from core_toys import small_config
+
+    from v2flow import V2FlowTokenizer
+
+    model = V2FlowTokenizer(small_config())
+    info = {"model": "V2FlowTokenizer", "config": to_dict(model.config), "decode_modes": {"one": {"steps": 1}}}
+    info |= {"vocabulary_sha256": model.vocabulary_sha256, "codec_sha256": model.codec.fingerprint()}
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoint = {"v2flow": info, "state_dict": state, "global_step": 3}
+    change(checkpoint)
+    write_checkpoint(checkpoint, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda c: c.update(v2flow=5), "not a v2flow checkpoint"),
+        (lambda c: c.pop("state_dict"), "'state_dict'"),
+        (lambda c: c.update(state_dict=[1]), "state_dict: expected a dict"),
+        (lambda c: c["state_dict"].update(x=5), "expected tensors by name"),
+        (lambda c: c["v2flow"].pop("config"), "'config'"),
+        (lambda c: c["v2flow"].update(vocabulary_sha256=5), "vocabulary_sha256: expected a str"),
+        (lambda c: c["v2flow"].update(decode_modes=[]), "decode_modes: expected a dict"),
+        (lambda c: c["v2flow"].update(decode_modes={"a": 1}), "decode_modes"),
+        (lambda c: c["v2flow"].update(decode_modes={"a": {"steps": 10**12}}), "at most"),
+        (lambda c: c["v2flow"].update(decode_modes={"a": {"steps": "9"}}), "decode option steps"),
+        (lambda c: c["v2flow"]["config"]["resampler"].update(depth=10**9), "resampler.depth"),
+        (lambda c: c["v2flow"]["config"]["velocity"].update(fine_depth=10**9), "velocity.fine_depth"),
+        # 26 GB and 40 GB, of which not one is taken.
+        (lambda c: c["v2flow"]["config"]["decoder"].update(width=40_000), "has shape"),
+        (lambda c: c["v2flow"]["config"]["visual_vocabulary"].update(size=625_000_000), "has shape"),
+        (lambda c: c["v2flow"]["config"]["vocabulary"].update(size=10**9), "random numbers"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_checked(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], found: str
+) -> None:
+    from v2flow.training.checkpoint import load_model
+
+    path = tokenizer_checkpoint(tmp_path / "x.ckpt", change)
+    refused(lambda: load_model(path), str(path), found)
+
+
+@pytest.mark.parametrize("missing", ["config", "tokenizer_sha256", "llm_sha256", "state_dict", "llm_tokenizer"])
+def test_a_text_to_image_checkpoint_without_an_entry(tmp_path: Path, missing: str) -> None:
+    pytest.importorskip("transformers")
+    from v2flow.t2i.checkpoint import load_text_to_image
+
+    tokenizer = str(tokenizer_checkpoint(tmp_path / "tokenizer.ckpt"))
+    info = {"model": "V2FlowForTextToImage", "config": {"tokenizer": tokenizer, "llm": "gpt2-style:tiny"}}
+    info |= {"llm_tokenizer": "no tokenizer", "tokenizer_sha256": "a", "llm_sha256": "b"}
+    checkpoint: dict[str, Any] = {"v2flow": info, "state_dict": {}}
+    (info if missing in info else checkpoint).pop(missing)
+    write_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    refused(lambda: load_text_to_image(tmp_path / "x.ckpt"), missing if missing != "llm_tokenizer" else "pictures")
+    write_checkpoint({"v2flow": info | {missing: "x"}, "state_dict": {}}, tmp_path / "y.ckpt")
+    refused(lambda: load_text_to_image(tmp_path / "y.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "tokenizer"}), "makes no V2FlowTokenizer"),
+        (lambda d: json.dumps(d | {"tokenizer": None}), "makes no V2FlowTokenizer"),
+        (lambda d: json.dumps(d | {"tokenizer": 5}), "tokenizer: expected a dict"),
+        (lambda d: json.dumps(d | {"vocabulary_sha256": 5}), "vocabulary_sha256: expected a str"),
+        (lambda d: json.dumps(d | {"tokenizer": d["tokenizer"] | {"codec": {"scale": "x"}}}), "makes no"),
+        (lambda d: json.dumps(d | {"x": "caf\xe9"}, ensure_ascii=False).encode("latin-1"), "not JSON"),
+        (lambda d: "[" * 100_000, "not JSON"),
+    ],
+)
+def test_an_exported_folders_configuration_is_checked(
+    tmp_path: Path, text: Callable[[dict[str, Any]], str | bytes], found: str
+) -> None:
+    from core_toys import small_config
+
+    from v2flow import V2FlowTokenizer
+
+    V2FlowTokenizer(small_config()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = text(json.loads(path.read_text()))
+    path.write_bytes(written if isinstance(written, bytes) else written.encode())
+    refused(lambda: V2FlowTokenizer.from_pretrained(tmp_path), str(path), found)
+
+
+def test_a_checkpoint_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id in it stands for what the local cache holds; one that the user has named is asked for."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    from v2flow.codec import build_codec
+    from v2flow.t2i.checkpoint import load_text_to_image
+    from v2flow.training.checkpoint import load_model
+
+    asked: list[Any] = []
+
+    def offline(*address: Any, **_: Any) -> Any:
+        asked.append(address)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    for name in ("huggingface_hub.constants", "transformers.utils.hub"):
+        module = importlib.import_module(name)
+        for switch in ("HF_HUB_OFFLINE", "_is_offline_mode"):
+            monkeypatch.setattr(module, switch, False, raising=False)
+    codec = {"kind": "kl", "path": "nobody/nothing", "scale": 1.0}
+    named = tokenizer_checkpoint(tmp_path / "a.ckpt", lambda c: c["v2flow"]["config"].update(codec=codec))
+    refused(lambda: load_model(named), "nobody/nothing", "hf download nobody/nothing")
+    tokenizer = str(tokenizer_checkpoint(tmp_path / "tokenizer.ckpt"))
+    info = {"model": "V2FlowForTextToImage", "config": {"tokenizer": tokenizer, "llm": "nobody/nothing"}}
+    info |= {"tokenizer_sha256": "a", "llm_sha256": "b"}
+    write_checkpoint({"v2flow": info, "state_dict": {}}, tmp_path / "b.ckpt")
+    refused(lambda: load_text_to_image(tmp_path / "b.ckpt"), "hf download nobody/nothing")
+    assert asked == []
+    refused(lambda: build_codec(CodecConfig(**codec)), "a hub id that this machine can reach")
+    assert asked, "else this test could not fail"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,13 @@ def write_folder(folder: Path, tokenizer: str) -> None:
     (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
 
 
-@pytest.mark.parametrize("tokenizer", ["{", "[]", "{}", '{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        "{", "[]", "{}", '{"model": {"type": "BPE"}}', "[" * 100_000, '{"model": {"vocab": [[5, 0.1], [null, 0.1]]}}',
+        '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": 7}]}',
+    ],
+)  # fmt: skip
 def test_a_tokenizer_without_words_is_refused_by_name(tmp_path: Path, tokenizer: str) -> None:
     write_folder(tmp_path, tokenizer)
     with pytest.raises(V2FlowError, match="tokenizer.json: not a readable vocabulary") as error:

@@ -15,6 +15,17 @@ def _require(condition: bool, option: str, expected: str, found: object) -> None
         raise V2FlowError(f"option {option}: expected {expected}, found {found!r}")
 
 
+MAX_BLOCKS = 1000
+"""Blocks are built one by one, before anything can be compared with the weights of a file."""
+MAX_RANDOM = 1 << 28
+"""Numbers in a random vocabulary, which no file bounds."""
+
+
+def require_blocks(option: str, found: int, least: int = 0) -> None:
+    """Refuses a number of blocks below `least` or above `MAX_BLOCKS`."""
+    _require(least <= found <= MAX_BLOCKS, option, f"a number >= {least} of blocks, at most {MAX_BLOCKS}", found)
+
+
 @dataclass
 class CodecConfig:
     """How pixels become latents of about unit scale."""
@@ -58,6 +69,8 @@ class VocabularyConfig:
         _require(
             self.size is None or self.size >= 2, "vocabulary.size", "null or at least 2 entries", self.size
         )
+        _require(self.source != "random" or (self.size or 0) * self.dim <= MAX_RANDOM, "vocabulary.size and dim",
+                 f"at most {MAX_RANDOM} random numbers", (self.size, self.dim))  # fmt: skip
 
 
 @dataclass
@@ -92,7 +105,7 @@ class ResamplerConfig:
     computed in tiles, forward and backward, and never held together. Results are the same but for rounding."""
 
     def __post_init__(self) -> None:
-        _require(self.depth >= 0, "resampler.depth", "a number >= 0 of blocks", self.depth)
+        require_blocks("resampler.depth", self.depth)
         _require(len(self.token_grid) == 2 and min(self.token_grid) >= 1, "resampler.token_grid",
                  "two positive numbers, rows and columns", self.token_grid)  # fmt: skip
         _require(len(self.temperature) == 2 and min(self.temperature) > 0, "resampler.temperature",
@@ -158,6 +171,8 @@ class DecoderConfig:
         _require(
             self.width % self.heads == 0, "decoder.heads", f"a divisor of width {self.width}", self.heads
         )
+        require_blocks("decoder.encoder_depth", self.encoder_depth)
+        require_blocks("decoder.decoder_depth", self.decoder_depth)
         _require(self.prefix_attention in ("full", "self"), "decoder.prefix_attention", "full or self",
                  self.prefix_attention)  # fmt: skip
         _require(len(self.mask_ratio) == 3 and 0 < self.mask_ratio[2] <= 1, "decoder.mask_ratio",
@@ -222,6 +237,8 @@ class VelocityConfig:
     def __post_init__(self) -> None:
         _require(self.kind != "joint" or self.width % self.heads == 0, "velocity.heads",
                  f"a divisor of width {self.width}", self.heads)  # fmt: skip
+        for name in ("depth", "fine_depth", "mean_depth"):
+            require_blocks(f"velocity.{name}", getattr(self, name))
         _require(self.modulation in ("condition", "timestep"), "velocity.modulation", "condition or timestep",
                  self.modulation)  # fmt: skip
         _require(self.modulation == "condition" or self.kind == "per_position", "velocity.modulation",
@@ -231,7 +248,7 @@ class VelocityConfig:
         _require(self.kind != "joint" or self.fine_patch == 1 or self.fine_width % 4 == 0, "velocity.fine_width",
                  "a multiple of 4", self.fine_width)  # fmt: skip
         fine_mean = self.kind == "joint" and self.fine_patch > 1 and self.target == "residual"
-        _require(self.mean_depth == 0 or (self.mean_depth > 0 and fine_mean), "velocity.mean_depth",
+        _require(self.mean_depth == 0 or fine_mean, "velocity.mean_depth",
                  "0 unless kind is joint, fine_patch above 1 and target residual", self.mean_depth)  # fmt: skip
         _require(self.alone == 0 or (0 < self.alone < 1 and self.target == "residual"), "velocity.alone",
                  "a share in [0, 1), and 0 unless target is residual", self.alone)  # fmt: skip
@@ -268,7 +285,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
         V2FlowError: an option that the class does not have.
     """
     known = {f.name: f for f in fields(cls)}
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(set(values) - set(known), key=str)
     if unknown:
         raise V2FlowError(f"{where}: unknown option {unknown[0]!r}; expected one of {', '.join(known)}")
     built = {}

@@ -46,6 +46,23 @@ def read_presets(document: Any, where: str) -> Presets:
     return options
 
 
+def read_modes(modes: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """A checkpoint's ways to decode, name -> options; the first one is its default.
+
+    Raises:
+        V2FlowError: no names and options, or options that decoding does not have.
+    """
+    found = {}
+    for name, options in modes.items():
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in (name, *options)):
+            raise V2FlowError(f"{where}: decode_modes: expected options of decode by name, found {name!r}: {options!r}")
+        try:
+            found[name] = checked(options)
+        except V2FlowError as error:
+            raise V2FlowError(f"{where}: decode_modes: {name}: {error}") from error
+    return found
+
+
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `decode` that somebody wrote: with values of any type.
 

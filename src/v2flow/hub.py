@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from v2flow.config import TokenizerConfig, from_dict, to_dict
 from v2flow.decode_modes import read_presets, shipped_presets
+from v2flow.downloads import no_downloads
 from v2flow.errors import V2FlowError
 from v2flow.llm import LLMVocabulary, load_vocabulary
 from v2flow.model_card import tokenizer_card
@@ -104,14 +105,15 @@ def load_folder(cls: Any, folder: Path) -> Any:
     Raises:
         V2FlowError: a missing or foreign file, weights of other sizes, or another LLM's vocabulary.
     """
-    document = read_config(folder)
-    config = from_dict(TokenizerConfig, document["tokenizer"], str(folder / CONFIG))
-    vocabulary = _read_vocabulary(folder, config)
-    check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
-    with makes_a(cls.__name__, str(folder / CONFIG)):
+    document, weights = read_config(folder), read_weights(folder / WEIGHTS)
+    with makes_a(cls.__name__, str(folder / CONFIG)), no_downloads():
+        config = from_dict(TokenizerConfig, document["tokenizer"], str(folder / CONFIG))
+        vocabulary = _read_vocabulary(folder, config)
+        check_vocabulary(vocabulary.sha256, document.get("vocabulary_sha256"), str(folder))
+        check_sizes(cls, config, vocabulary, weights, str(folder / WEIGHTS))
         model = cls(config, vocabulary)
     check_codec(model.codec.fingerprint(), document.get("codec_sha256"), str(folder))
-    load_weights(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+    load_weights(model, weights, str(folder / WEIGHTS))
     if "decode_presets" in document:
         model.decode_presets = read_presets(document["decode_presets"], str(folder / CONFIG))
     return model.eval()
@@ -126,9 +128,13 @@ def makes_a(name: str, where: str) -> Iterator[None]:
     """
     try:
         yield
-    except V2FlowError:
-        raise
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except V2FlowError as error:
+        if where in str(error):
+            raise
+        raise V2FlowError(f"{where}: {error}") from error
+    except (
+        TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise V2FlowError(
             f"{where}: its configuration makes no {name} ({reason}); is it damaged or foreign?"
@@ -137,7 +143,29 @@ def makes_a(name: str, where: str) -> Iterator[None]:
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
     """Strict load that names the first tensor that does not fit."""
-    expected = model.state_dict()
+    check_shapes(model.state_dict(), weights, where)
+    with makes_a(type(model).__name__, where):  # sparse tensors, for example, fit nowhere
+        model.load_state_dict(weights)
+
+
+def check_sizes(
+    kind: Any, config: Any, vocabulary: LLMVocabulary | None, weights: dict[str, torch.Tensor], where: str
+) -> None:
+    """Compares the model that a configuration describes with the weights of a file, before it takes any memory.
+
+    Latents of a frozen autoencoder are as wide as it is, so that nothing is known without loading it.
+    """
+    if config.codec.kind != "patch":
+        return
+    with torch.device("meta"):
+        parts = () if vocabulary is None else (
+            LLMVocabulary.from_table(vocabulary.table.to("meta"), vocabulary.words, "meta"),
+        )  # fmt: skip
+        check_shapes(kind(config, *parts).state_dict(), weights, where)
+
+
+def check_shapes(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], where: str) -> None:
+    """Refuses weights of other names or shapes in a line that names the first one."""
     for name in sorted(set(expected) | set(weights)):
         if name not in weights or name not in expected:
             side = "missing" if name in expected else "unexpected"
@@ -149,7 +177,6 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
                 f"{where}: tensor {name!r} has shape {list(weights[name].shape)}, the configuration needs "
                 f"{list(expected[name].shape)}; was it trained with another codebook size or LLM?"
             )
-    model.load_state_dict(weights)
 
 
 def check_codec(found: str, expected: str | None, where: str) -> None:
@@ -176,19 +203,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         V2FlowError: missing, not JSON, or another kind of model's.
     """
-    try:
-        document = json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError as error:
-        raise V2FlowError(
-            f"{folder / CONFIG}: not found; expected a folder made by `v2flow export`"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise V2FlowError(f"{folder / CONFIG}: not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("model_type") != "v2flow-tokenizer":
-        raise V2FlowError(
-            f"{folder / CONFIG}: expected model_type 'v2flow-tokenizer'; is it another model's folder?"
-        )
+    document = read_document(folder / CONFIG, "v2flow-tokenizer")
+    types = {"tokenizer": dict, "vocabulary_sha256": str, "codec_sha256": str}
+    check_types(document, types, str(folder / CONFIG))
     return document
+
+
+def read_document(path: Path, model_type: str) -> dict[str, Any]:
+    """The JSON file of an exported folder that says what model it holds.
+
+    Raises:
+        V2FlowError: missing, not JSON, or another kind of model's.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise V2FlowError(f"{path}: not found; expected a folder made by `v2flow export`") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise V2FlowError(f"{path}: not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("model_type") != model_type:
+        raise V2FlowError(f"{path}: expected model_type {model_type!r}; is it another model's folder?")
+    return document
+
+
+def check_types(document: dict[str, Any], types: dict[str, type], where: str) -> None:
+    """Refuses entries of other types; those that are missing or None are left to whoever needs them."""
+    for name, kind in types.items():
+        value = document.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise V2FlowError(
+                f"{where}: {name}: expected a {kind.__name__}, found {type(value).__name__}; is it damaged or foreign?"
+            )
 
 
 def _read_vocabulary(folder: Path, config: TokenizerConfig) -> LLMVocabulary:

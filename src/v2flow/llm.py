@@ -69,7 +69,7 @@ class LLMVocabulary:
             V2FlowError: the file is damaged or another one.
         """
         with _readable(path), safe_open(path, framework="pt") as file:
-            words = json.loads(file.metadata()["words"])
+            words = _strings(json.loads(file.metadata()["words"]))
             return cls.from_table(file.get_tensor("table"), words, source)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LLMVocabulary":
@@ -151,7 +151,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except V2FlowError:
         raise
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise V2FlowError(
             f"{path}: not a readable vocabulary ({reason}); is it cut short or of another format?"
@@ -253,7 +253,13 @@ def _tokenizer_words(path: Path, size: int) -> list[str]:
         for token in document.get("added_tokens", []):
             if token["id"] < size:
                 words[token["id"]] = token["content"]
-        return words
+        return _strings(words)
+
+
+def _strings(words: Any) -> list[str]:
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError("its words are not all strings")
+    return words
 
 
 def _in_order(vocabulary: Any, size: int) -> list[str]:

@@ -66,6 +66,8 @@ def _log_snr(t: float) -> float:
     return math.log((1 - t) / t)
 
 
+MAX_STEPS = 10_000
+"""A checkpoint names its own ways to decode: more steps than anybody waits for are a mistake or meant to hang."""
 SOLVERS: dict[str, Step] = {"euler": euler_step, "heun": heun_step, "multistep": multistep_step}
 
 
@@ -73,6 +75,8 @@ def timesteps(steps: int, shift: float = 1.0) -> list[float]:
     """`steps + 1` times from 1 to 0; shift s maps t to s·t/(1 + (s−1)·t), so s > 1 dwells on noise."""
     if steps < 1:
         raise V2FlowError(f"option steps: expected at least 1, found {steps}")
+    if steps > MAX_STEPS:
+        raise V2FlowError(f"option steps: expected at most {MAX_STEPS}, found {steps}")
     if shift <= 0:
         raise V2FlowError(f"option timestep_shift: expected a positive number, found {shift}")
     uniform = [1 - i / steps for i in range(steps + 1)]

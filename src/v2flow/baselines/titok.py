@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from v2flow.baselines.autoencoder import Autoencoder, AutoencoderConfig
 from v2flow.baselines.quantizers import Quantizer
+from v2flow.config import require_blocks
 from v2flow.errors import V2FlowError
 from v2flow.transformer import Transformer, grid_positions, init_linear
 
@@ -27,9 +28,10 @@ class TiTokConfig(AutoencoderConfig):
     """Blocks over the quantised tokens and the mask tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "encoder_depth", "decoder_depth"):
-            if getattr(self, name) < 1:
-                raise V2FlowError(f"option {name}: expected at least 1, found {getattr(self, name)}")
+        if self.num_tokens < 1:
+            raise V2FlowError(f"option num_tokens: expected at least 1, found {self.num_tokens}")
+        for name in ("encoder_depth", "decoder_depth"):
+            require_blocks(name, getattr(self, name), least=1)
         super().__post_init__()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from v2flow.baselines.autoencoder import Autoencoder, AutoencoderConfig
 from v2flow.baselines.quantizers import Quantizer
-from v2flow.config import ResamplerConfig
+from v2flow.config import ResamplerConfig, require_blocks
 from v2flow.errors import V2FlowError
 from v2flow.masked_decoder import token_above
 from v2flow.resampler import PatchEncoder
@@ -24,6 +24,7 @@ class VQAutoencoderConfig(AutoencoderConfig):
     """Blocks of the decoder: as many as V2Flow's masked decoder has in its two halves."""
 
     def __post_init__(self) -> None:
+        require_blocks("depth", self.depth)
         acting = ResamplerConfig(self.encoder.width, self.encoder.depth, self.encoder.token_grid)
         for name, value in asdict(acting).items():
             if getattr(self.encoder, name) != value:

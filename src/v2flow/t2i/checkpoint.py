@@ -6,8 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from v2flow.config import from_dict
+from v2flow.downloads import no_downloads
 from v2flow.errors import V2FlowError
 from v2flow.fingerprint import language_model_sha256, tokenizer_sha256
+from v2flow.hub import makes_a
 from v2flow.t2i.build import build_text_to_image
 from v2flow.t2i.config import TextToImageConfig
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
@@ -19,13 +21,15 @@ def read_text_to_image(path: str | Path) -> tuple[dict[str, Any], dict[str, Tens
     Raises:
         V2FlowError: not readable, or another model's.
     """
-    from v2flow.training.checkpoint import read_checkpoint
+    from v2flow.training.checkpoint import needed, read_checkpoint
 
     checkpoint = read_checkpoint(path)
     info = dict(checkpoint["v2flow"])
     if info.get("model") != "V2FlowForTextToImage":
         raise V2FlowError(f"{path}: expected a text-to-image checkpoint, found a {info.get('model')}")
-    return info, checkpoint["state_dict"]
+    for name in ("config", "tokenizer_sha256", "llm_sha256"):
+        needed(info, name, str(path))
+    return info, needed(checkpoint, "state_dict", str(path))
 
 
 def load_text_to_image(path: str | Path, tokenizer: str | None = None) -> V2FlowForTextToImage:
@@ -43,9 +47,11 @@ def load_text_to_image(path: str | Path, tokenizer: str | None = None) -> V2Flow
         return model
     info, weights = read_text_to_image(path)
     # The rows come from the checkpoint: any start will do, and random needs no pictures.
-    values = info["config"] | {"rows": "random"} | ({"tokenizer": tokenizer} if tokenizer is not None else {})
-    config: TextToImageConfig = from_dict(TextToImageConfig, values, str(path))
-    model = build_text_to_image(config, info["llm_tokenizer"])
+    values = info["config"] | {"rows": "random", "pictures": None}
+    values |= {"tokenizer": tokenizer} if tokenizer is not None else {}
+    with makes_a("V2FlowForTextToImage", str(path)), no_downloads():
+        config: TextToImageConfig = from_dict(TextToImageConfig, values, str(path))
+        model = build_text_to_image(config, info.get("llm_tokenizer"))
     for what, name, found in (
         ("tokenizer", config.tokenizer, tokenizer_sha256(model.tokenizer)),
         ("llm", config.llm, language_model_sha256(model.llm)),
@@ -66,4 +72,5 @@ def _load(model: V2FlowForTextToImage, weights: dict[str, Tensor], where: str) -
             raise V2FlowError(
                 f"{where}: tensor {name!r} does not fit the model that the checkpoint describes"
             )
-    model.load_state_dict(weights, strict=False)
+    with makes_a("V2FlowForTextToImage", where):
+        model.load_state_dict(weights, strict=False)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from v2flow.errors import V2FlowError
-from v2flow.hub import local_folder
+from v2flow.hub import local_folder, makes_a, read_document
 from v2flow.t2i.compatibility import write_old_places
 from v2flow.t2i.extension import EOI, find_visual_tokens
 from v2flow.t2i.model_card import base_name, model_card
@@ -95,8 +95,11 @@ def _load_folder(cls: Any, folder: Path) -> Any:
     document = _read_document(folder)
     tokenizer = V2FlowTokenizer.from_pretrained(folder / TOKENIZER)
     try:
-        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        llm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        # Files of the folder may name others to be fetched, such as the base of an adapter.
+        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        llm: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise V2FlowError(
@@ -104,23 +107,16 @@ def _load_folder(cls: Any, folder: Path) -> Any:
             "export it again"
         ) from error
     llm.config._name_or_path = str(document.get("base", ""))  # of the pretrained LLM, not of this folder
-    model = cls(tokenizer, llm, words, find_visual_tokens(words), max_caption=document["max_caption"])
+    with makes_a(cls.__name__, str(folder)):
+        model = cls(tokenizer, llm, words, find_visual_tokens(words), max_caption=document["max_caption"])
     return model.eval()
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
     """The ``v2flow.json`` of an exported text-to-image model."""
     path = folder / DOCUMENT
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise V2FlowError(
-            f"{path}: not found; expected a text-to-image model's folder made by `v2flow export`"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise V2FlowError(f"{path}: not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
-        raise V2FlowError(f"{path}: expected model_type {MODEL_TYPE!r}; is it another model's folder?")
-    if not isinstance(document.get("max_caption"), int):
-        raise V2FlowError(f"{path}: max_caption: expected an integer, found {document.get('max_caption')!r}")
+    document = read_document(path, MODEL_TYPE)
+    length = document.get("max_caption")
+    if type(length) is not int or length < 1:
+        raise V2FlowError(f"{path}: max_caption: expected a positive integer, found {length!r}")
     return document

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from v2flow.downloads import downloads_refused, why_local
 from v2flow.errors import V2FlowError
 from v2flow.llm import gemma_file, gemma_version
 from v2flow.paths import cache_dir
@@ -103,13 +104,15 @@ class _UnreadableError(V2FlowError):
 def _load_folder(
     source: str, layers: int | None, random_weights: bool, dtype: torch.dtype, seed: int
 ) -> tuple[Any, Any]:
+    local = downloads_refused()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        config = first_layers(AutoConfig.from_pretrained(source, trust_remote_code=False), layers)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        config = first_layers(config, layers)
         if random_weights:
             return _random_model(config, dtype, seed), tokenizer
         model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False
+            source, config=config, dtype=dtype, trust_remote_code=False, local_files_only=local
         )
     except V2FlowError:
         raise
@@ -117,7 +120,7 @@ def _load_folder(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _UnreadableError(
             f"option llm: {source!r}: expected gemma3-270m, {PREFIX}SIZE, or the folder or hub id of a causal language "
-            f"model with its tokenizer, found none that can be read ({reason})"
+            f"model with its tokenizer, found none that can be read ({reason}){why_local(source)}"
         ) from error
     return model.eval(), tokenizer
 

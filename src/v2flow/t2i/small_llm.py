@@ -69,8 +69,16 @@ def backend_text(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def caption_llm_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that `backend_text` says."""
+    """The tokenizer that `backend_text` says.
+
+    Raises:
+        V2FlowError: the text says none.
+    """
+    try:
+        backend = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no other
+        raise V2FlowError(f"llm_tokenizer: not a tokenizer ({str(error).splitlines()[0]})") from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text), bos_token=BOS, eos_token=EOS, pad_token=PAD,
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD,
         model_max_length=POSITIONS,
     )  # fmt: skip

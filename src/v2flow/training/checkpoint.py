@@ -1,24 +1,28 @@
 """Loading a trained model from a Lightning checkpoint or an exported folder."""
 
 import importlib
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from v2flow.config import from_dict
+from v2flow.decode_modes import read_modes
+from v2flow.downloads import no_downloads
 from v2flow.errors import V2FlowError
 from v2flow.hub import (
     WEIGHTS,
     check_codec,
+    check_sizes,
+    check_types,
     check_vocabulary,
     load_weights,
     makes_a,
     read_config,
     read_weights,
 )
+from v2flow.llm import load_vocabulary
 from v2flow.training.checkpoint_files import usable_checkpoint
 from v2flow.training.own_tokenizer import is_own, load_own
 
@@ -41,26 +45,51 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = usable_checkpoint(path, quick=mmap)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a file of somebody else's may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise V2FlowError(
             f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?"
         ) from error
-    if not isinstance(checkpoint, dict) or "v2flow" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("v2flow"), dict):
         raise V2FlowError(
             f"{path}: not a v2flow checkpoint (no entry 'v2flow'); expected one made by `v2flow fit`"
         )
+    check_types(checkpoint, _ENTRIES, str(path))
+    check_types(checkpoint["v2flow"], _DESCRIPTION, str(path))
+    for name in ("state_dict", "current_model_state"):
+        tensors = checkpoint.get(name) or {}
+        if not all(isinstance(k, str) and isinstance(tensor, Tensor) for k, tensor in tensors.items()):
+            raise V2FlowError(f"{path}: {name}: expected tensors by name; is it damaged or foreign?")
     return checkpoint
 
 
-def model_weights(checkpoint: dict[str, Any], weights: Literal["ema", "raw"]) -> dict[str, torch.Tensor]:
+_ENTRIES = {"state_dict": dict, "current_model_state": dict, "global_step": int}
+_DESCRIPTION = {"model": str, "config": dict, "decode_modes": dict, "llm_tokenizer": str} | dict.fromkeys(
+    ("vocabulary_sha256", "codec_sha256", "tokenizer_sha256", "llm_sha256"), str
+)
+
+
+def needed(entries: dict[str, Any], name: str, where: str) -> Any:
+    """An entry of a checkpoint.
+
+    Raises:
+        V2FlowError: it is missing.
+    """
+    if entries.get(name) is None:
+        raise V2FlowError(f"{where}: expected an entry {name!r}, found none; is it damaged or foreign?")
+    return entries[name]
+
+
+def model_weights(
+    checkpoint: dict[str, Any], weights: Literal["ema", "raw"], where: str
+) -> dict[str, torch.Tensor]:
     """The model's tensors: averaged ones are the checkpoint's `state_dict`, raw ones are kept beside them.
 
     Without weight averaging in the training both are the same.
     """
-    state = checkpoint["state_dict"]
+    state = needed(checkpoint, "state_dict", where)
     if weights == "raw":
-        state = checkpoint.get("current_model_state", state)
+        state = checkpoint.get("current_model_state") or state
     return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
 
 
@@ -72,8 +101,13 @@ _MODELS = {
 """Names of models in checkpoints, the modules that hold them, and their configurations there."""
 
 
-def build_model(info: dict[str, Any], where: str) -> nn.Module:
+def build_model(
+    info: dict[str, Any], where: str, weights: dict[str, Tensor] | None = None
+) -> nn.Module:
     """The model that a checkpoint's description names, with fresh weights.
+
+    Args:
+        weights: those that it is built for; compared with what the description asks for before any memory is taken.
 
     Raises:
         V2FlowError: a model that is not in the list of v2flow's own, or a configuration that makes none.
@@ -81,10 +115,15 @@ def build_model(info: dict[str, Any], where: str) -> nn.Module:
     name = info.get("model")
     if not isinstance(name, str) or name not in _MODELS:
         raise V2FlowError(f"{where}: unknown model {name!r}; expected one of {', '.join(_MODELS)}")
-    place, config = _MODELS[name]
+    place, config_name = _MODELS[name]
     module = importlib.import_module(place)
-    with makes_a(name, where):
-        model = getattr(module, name)(from_dict(getattr(module, config), info["config"], where))
+    kind = getattr(module, name)
+    with makes_a(name, where), no_downloads():
+        config = from_dict(getattr(module, config_name), needed(info, "config", where), where)
+        vocabulary = load_vocabulary(config.vocabulary) if hasattr(config, "vocabulary") else None
+        if weights is not None:
+            check_sizes(kind, config, vocabulary, weights, where)
+        model = kind(config) if vocabulary is None else kind(config, vocabulary)
     if hasattr(model, "vocabulary_sha256"):
         check_vocabulary(model.vocabulary_sha256, info.get("vocabulary_sha256"), where)
     check_codec(model.codec.fingerprint(), info.get("codec_sha256"), where)
@@ -115,9 +154,12 @@ def load_model(
         model = load_folder(V2FlowTokenizer, Path(path))
         return model, {"model": "V2FlowTokenizer", "config": None, "decode_modes": None, "step": None}
     checkpoint = read_checkpoint(path)
-    info = dict(checkpoint["v2flow"])
-    built = build_model(info, str(path))
-    load_weights(built, model_weights(checkpoint, weights), str(path))
+    tensors = model_weights(checkpoint, weights, str(path))
+    info: dict[str, Any] = {"decode_modes": None} | checkpoint["v2flow"]
+    built = build_model(info, str(path), tensors)
+    load_weights(built, tensors, str(path))
+    if info["decode_modes"] is not None:
+        info["decode_modes"] = read_modes(info["decode_modes"], str(path))
     return built.eval(), info | {"step": checkpoint.get("global_step")}
 
 
@@ -148,7 +190,7 @@ def initialise_from(model: nn.Module, path: str | Path) -> None:
         info, weights = read_config(Path(path)), read_weights(Path(path) / WEIGHTS)
     else:
         checkpoint = read_checkpoint(path)
-        info, weights = checkpoint["v2flow"], model_weights(checkpoint, "ema")
+        info, weights = checkpoint["v2flow"], model_weights(checkpoint, "ema", str(path))
     trained: Any = model
     if hasattr(model, "vocabulary_sha256"):
         check_vocabulary(trained.vocabulary_sha256, info.get("vocabulary_sha256"), str(path))

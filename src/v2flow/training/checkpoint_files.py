@@ -94,20 +94,36 @@ def usable_checkpoint(path: str | Path, quick: bool = False) -> Path:
     reason = damage(path, quick)
     if reason is None:
         return path
-    previous = previous_of(path)
-    if not previous.is_file():
-        if not path.is_file():
-            raise V2FlowError(f"{path}: no such checkpoint; expected a .ckpt file or an exported folder")
-        raise V2FlowError(f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?")
-    reason_too = damage(previous, quick)
-    if reason_too is not None:
+    reasons = []
+    for previous in _before(path):
+        reason_too = damage(previous, quick)
+        if reason_too is None:
+            if str(path) not in _warned:
+                _warned.add(str(path))
+                _log.warning("%s: %s; taking the one before it, %s", path, reason, previous)
+            return previous
+        reasons.append(f"{previous} ({reason_too})")
+    if reasons:
         raise V2FlowError(
-            f"{path}: not a readable checkpoint ({reason}), nor is {previous} ({reason_too}); name another one"
+            f"{path}: not a readable checkpoint ({reason}), nor is {', nor '.join(reasons)}; name another one"
         )
-    if str(path) not in _warned:
-        _warned.add(str(path))
-        _log.warning("%s: %s; taking the one before it, %s", path, reason, previous)
-    return previous
+    if not path.is_file():
+        raise V2FlowError(f"{path}: no such checkpoint; expected a .ckpt file or an exported folder")
+    raise V2FlowError(f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?")
+
+
+def _before(path: Path) -> list[Path]:
+    """Files from before `path`, the newest first: the one that it replaced, and SLURM's with lower numbers."""
+    numbers = {found: _slurm_number(found) for found in path.parent.glob("hpc_ckpt_*.ckpt")}
+    earlier = [found for found, number in numbers.items() if 0 <= number < _slurm_number(path)]
+    replaced = [previous_of(path)] if previous_of(path).is_file() else []
+    return replaced + sorted(earlier, key=lambda found: -numbers[found])
+
+
+def _slurm_number(path: Path) -> int:
+    """N of ``hpc_ckpt_N.ckpt``, which Lightning saves when SLURM takes a job away; -1 of another file."""
+    match = re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name)
+    return int(match[1]) if match else -1
 
 
 def newest_checkpoint(folder: Path, pattern: str) -> Path | None:
