@@ -446,6 +446,8 @@ def test_a_training_on_latents_is_that_on_pictures_bit_for_bit(
     losses = fit(one, tmp_path, train)
     assert fit(two, tmp_path, str(whole / "*.tar")) == losses and len(set(losses)) == 5
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    pictures, latents = (ShardDataModule(16, name) for name in (train, str(whole / "*.tar")))
+    assert pictures.train_batches().facts == latents.train_batches().facts, "one can resume with the other"
     assert fit(plain, tmp_path, train, flip=False) != losses, "mirror images would not be missed"
 
 

@@ -16,6 +16,9 @@ from v2flow.errors import V2FlowError
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 
 
+SIZES = [30, 17, 25]
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("V2FLOW_CACHE", str(tmp_path / "cache"))
@@ -23,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pattern(tmp_path: Path) -> str:
-    return numbered_shards(tmp_path / "shards", [30, 17, 25])
+    return numbered_shards(tmp_path / "shards", SIZES)
 
 
 def train_loader(pattern: str, batch_size: int = 4, seed: int = 3, **options: Any) -> TrainLoader:
@@ -80,7 +83,7 @@ def test_resume_is_exact_wherever_it_stopped(pattern: str, workers: int, stop: i
     batches = iter(first)
     taken = [numbers(next(batches)) for _ in range(stop)]
     state = first.state_dict()
-    assert state == {"seed": 3, "epoch": 0, "samples": 4 * stop}
+    assert state == {"seed": 3, "epoch": 0, "samples": 4 * stop, **first.batches.facts}
     first.close()
     resumed = train_loader(pattern, flip=True, num_workers=workers)
     resumed.load_state_dict(state)
@@ -107,6 +110,60 @@ def test_resume_with_other_ranks_and_batch_sizes_goes_on_in_the_same_order(patte
 def test_a_state_of_another_seed_is_refused(pattern: str) -> None:
     with pytest.raises(V2FlowError, match="trained with 4, found 3"):
         train_loader(pattern).load_state_dict({"seed": 4, "epoch": 0, "samples": 0})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ([30, 17, 25, 8], "72 samples (shards: 3), found 80 samples (shards: 4)"),
+        ([30, 17, 24], "72 samples (shards: 3), found 71 samples (shards: 3)"),
+        ([72], "72 samples (shards: 3), found 72 samples (shards: 1)"),
+        ([17, 30, 25], "72 samples (shards: 3), found as many with other keys, captions or in another order"),
+    ],
+    ids=["one more shard", "one sample less", "other shards", "another order"],
+)
+def test_a_state_of_other_samples_is_refused(
+    tmp_path: Path, pattern: str, sizes: list[int], found: str
+) -> None:
+    state = train_loader(pattern).state_dict()
+    other = train_loader(numbered_shards(tmp_path / "other", sizes))
+    with pytest.raises(V2FlowError) as caught:
+        other.load_state_dict(state)
+    assert str(caught.value).startswith(f"option data.train: the checkpoint was trained on {found}; resume")
+
+
+def windowed(pattern: str, window: int) -> TrainLoader:
+    reader = SampleReader(open_shards(pattern, progress=False), 8)
+    return TrainLoader(TrainBatches(reader, 3, False, False, 0, window), 4)
+
+
+def test_a_state_of_another_length_window_or_of_longer_captions_is_refused(
+    tmp_path: Path, pattern: str
+) -> None:
+    state = windowed(pattern, 16).state_dict()
+    with pytest.raises(
+        V2FlowError, match=r"data.length_window: the checkpoint was trained with 16, found 0;"
+    ):
+        train_loader(pattern).load_state_dict(state)
+    picture = encode(Image.new("RGB", (8, 8)))
+    for number, length in enumerate((3, 4)):  # lengths decide the order within a window
+        members = [
+            (f"{i}.{end}", data) for i in range(9) for end, data in (("png", picture), ("txt", b"x" * i))
+        ]
+        write_tar(tmp_path / str(number) / "a.tar", [*members, ("9.png", picture), ("9.txt", b"x" * length)])
+    one, other = (str(tmp_path / str(number) / "a.tar") for number in (0, 1))
+    with pytest.raises(V2FlowError, match="found as many with other keys, captions"):
+        windowed(other, 16).load_state_dict(windowed(one, 16).state_dict())
+    train_loader(other).load_state_dict(train_loader(one).state_dict())
+
+
+def test_a_state_goes_with_copies_of_the_shards_and_one_without_facts_with_any(
+    tmp_path: Path, pattern: str
+) -> None:
+    state = train_loader(pattern, num_workers=1).state_dict()
+    copied = numbered_shards(tmp_path / "copied", SIZES, {3: encode(Image.new("RGB", (9, 9)))})
+    train_loader(copied, batch_size=2, ranks=2, rank=1).load_state_dict(state)
+    train_loader(copied).load_state_dict({"seed": 3, "epoch": 0, "samples": 4})
 
 
 def test_set_epoch_and_repeat(pattern: str) -> None:

@@ -103,7 +103,8 @@ def test_resume_at_any_step_is_as_if_never_interrupted(
     first = fit(tmp_path, data, max_steps=saved, max_epochs=-1, callbacks=[save])
     path = tmp_path / f"step={saved}.ckpt"
     (state,) = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-    assert state == {"seed": 2, "epoch": (saved - 1) // 10, "samples": 4 * ((saved - 1) % 10 + 1)}
+    position = {"seed": 2, "epoch": (saved - 1) // 10, "samples": 4 * ((saved - 1) % 10 + 1)}
+    assert position.items() <= state.items() and state["total"] == 43
     resumed = fit(tmp_path, data, ckpt=path, max_steps=25, max_epochs=-1)
     assert batches(first) + batches(resumed) == orders(data, 3)[:25]
     indices = [index for index, _ in first.trained + resumed.trained]

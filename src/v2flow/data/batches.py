@@ -1,8 +1,10 @@
 """Whole batches as pure functions of a request: what a loader's workers run."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -207,6 +209,25 @@ class TrainBatches(Dataset):
                 else ShuffledOrder(shards.sizes, self.seed)
             )
         return self._order
+
+    @cached_property
+    def facts(self) -> dict[str, int | str]:
+        """What the order depends on beside the seed, as plain values.
+
+        Not where the shards lie, nor their bytes: copies of them, and latents of their pictures, have the same order.
+        """
+        shards = self.reader.shards
+        digest = hashlib.sha256()
+        for shard in shards.shards:
+            digest.update(f"{len(shard.index)}\n".encode() + shard.index.keys.tobytes())
+        if self.length_window:
+            digest.update(shards.caption_bytes().tobytes())
+        return {
+            "shards": len(shards.shards),
+            "total": len(shards),
+            "length_window": self.length_window,
+            "order_sha256": digest.hexdigest(),
+        }
 
     def __getitem__(self, request: Request) -> Batch:
         try:

@@ -222,26 +222,25 @@ class TrainLoader:
         """Where Lightning looks for `set_epoch`."""
         return _EpochReceiver(self)
 
-    def state_dict(self) -> dict[str, int]:
-        """{"seed", "epoch", "samples"}: samples consumed in this epoch by all ranks together."""
+    def state_dict(self) -> dict[str, int | str]:
+        """{"seed", "epoch", "samples"}, samples consumed in this epoch by all ranks together, and the facts of the
+        order; see `TrainBatches.facts`."""
         trained = self._handed_out
         tracker = self._tracker()
         if tracker is not None and self._handed_out:
             trained = min(trained, max(tracker.processed - self._base, 0))
         samples = self._start + trained * self.global_batch
-        return {"seed": self.batches.seed, "epoch": self._epoch, "samples": samples}
+        return {"seed": self.batches.seed, "epoch": self._epoch, "samples": samples, **self.batches.facts}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position, also one saved with another number of ranks or another batch size.
 
         Raises:
-            V2FlowError: the state belongs to another seed, that is to another order.
+            V2FlowError: the state belongs to another order: another seed, other samples or another length_window.
         """
-        if state["seed"] != self.batches.seed:
-            raise V2FlowError(
-                f"option data.seed: the checkpoint was trained with {state['seed']}, found {self.batches.seed}; "
-                "resume with the same seed, or start a new run with --init-from"
-            )
+        difference = _difference(state, {"seed": self.batches.seed, **self.batches.facts})
+        if difference:
+            raise V2FlowError(f"{difference}; resume with the same, or start a new run with --init-from")
         self._set(state["epoch"], min(state["samples"], self.total))
         tracker = self._tracker()
         if (
@@ -257,6 +256,21 @@ class TrainLoader:
     def close(self) -> None:
         """Ends the workers; a later pass starts new ones."""
         self._workers = None
+
+
+def _difference(saved: dict[str, Any], found: dict[str, Any]) -> str:
+    """How the order of a checkpoint is not the one found; empty if it is. Early checkpoints say the seed alone."""
+    saved = {name: saved.get(name, value) for name, value in found.items()}
+    for name in ("seed", "length_window"):
+        if saved[name] != found[name]:
+            return f"option data.{name}: the checkpoint was trained with {saved[name]}, found {found[name]}"
+    trained = "option data.train: the checkpoint was trained on"
+    was, now = (f"{facts['total']} samples (shards: {facts['shards']})" for facts in (saved, found))
+    if was != now:
+        return f"{trained} {was}, found {now}"
+    if saved["order_sha256"] != found["order_sha256"]:
+        return f"{trained} {was}, found as many with other keys, captions or in another order"
+    return ""
 
 
 class _EpochReceiver:
