@@ -204,7 +204,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         V2FlowError: missing, not JSON, or another kind of model's.
     """
     document = read_document(folder / CONFIG, "v2flow-tokenizer")
-    types = {"tokenizer": dict, "vocabulary_sha256": str, "codec_sha256": str}
+    types: dict[str, type] = {"tokenizer": dict, "vocabulary_sha256": str, "codec_sha256": str}
     check_types(document, types, str(folder / CONFIG))
     return document
 

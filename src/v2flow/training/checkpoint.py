@@ -63,10 +63,11 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-_ENTRIES = {"state_dict": dict, "current_model_state": dict, "global_step": int}
-_DESCRIPTION = {"model": str, "config": dict, "decode_modes": dict, "llm_tokenizer": str} | dict.fromkeys(
-    ("vocabulary_sha256", "codec_sha256", "tokenizer_sha256", "llm_sha256"), str
-)
+_ENTRIES: dict[str, type] = {"state_dict": dict, "current_model_state": dict, "global_step": int}
+_DESCRIPTION: dict[str, type] = {
+    "model": str, "config": dict, "decode_modes": dict, "llm_tokenizer": str, "vocabulary_sha256": str,
+    "codec_sha256": str, "tokenizer_sha256": str, "llm_sha256": str,
+}  # fmt: skip
 
 
 def needed(entries: dict[str, Any], name: str, where: str) -> Any:

@@ -55,7 +55,8 @@ def log_histogram(trainer: Trainer, tag: str, values: Tensor) -> None:
         elif isinstance(logger, WandbLogger):
             import wandb
 
-            logger.log_metrics({tag: wandb.Histogram(values.numpy())}, trainer.global_step)
+            histogram: Any = wandb.Histogram(values.tolist())
+            logger.log_metrics({tag: histogram}, trainer.global_step)
 
 
 def tile(rows: Sequence[Tensor]) -> Tensor:
