@@ -115,7 +115,9 @@ def test_a_damaged_one_of_slurms_gives_way_to_the_one_with_the_next_lower_number
     flip(paths[9], 800)
     assert usable_checkpoint(paths[10]) == paths[2]
     flip(paths[2], 800)
-    with pytest.raises(V2FlowError, match=r"hpc_ckpt_9.ckpt \(its checksum is wrong\), nor .*hpc_ckpt_2.ckpt"):
+    with pytest.raises(
+        V2FlowError, match=r"hpc_ckpt_9.ckpt \(its checksum is wrong\), nor .*hpc_ckpt_2.ckpt"
+    ):
         usable_checkpoint(paths[10])
 
 

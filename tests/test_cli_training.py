@@ -119,7 +119,13 @@ def test_every_strategy_is_given_a_whole_checkpoint_and_unpickles_nothing(
     data = (trained / "checkpoints" / "last.ckpt").read_bytes()
     previous_of(last).write_bytes(data)
     last.write_bytes(data[:-9])
-    fit = ["fit", "--config", write(experiment(shards, tmp_path), tmp_path / "e.yaml"), "--ckpt_path", str(last)]
+    fit = [
+        "fit",
+        "--config",
+        write(experiment(shards, tmp_path), tmp_path / "e.yaml"),
+        "--ckpt_path",
+        str(last),
+    ]
     own = [f"--trainer.strategy={__name__}.ReadsItself", "--trainer.strategy.device=cpu"]
     assert main([*fit, *own]) == 0
     assert ReadsItself.asked == [(str(previous_of(last)), True)]

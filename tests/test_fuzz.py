@@ -353,7 +353,10 @@ def text_to_image() -> dict[str, Any]:
     words = backend_text(train_caption_llm_tokenizer(["a dog", "two cats"], 300))
     config = {"tokenizer": str(path), "llm": "gpt2-style:tiny", "train": "rows", "max_caption": 8}
     info = {"model": "V2FlowForTextToImage", "config": config, "llm_tokenizer": words}
-    return {"v2flow": info | {"tokenizer_sha256": "a", "llm_sha256": "b"}, "state_dict": {"model.x": torch.ones(1)}}
+    return {
+        "v2flow": info | {"tokenizer_sha256": "a", "llm_sha256": "b"},
+        "state_dict": {"model.x": torch.ones(1)},
+    }
 
 
 @given(st.data())

@@ -97,7 +97,9 @@ class TrainingCLI(LightningCLI):
         if path is not None and path not in LIGHTNING_CHECKPOINTS:
             path = _checked(path)
         if options.weights_only is False:
-            raise V2FlowError("option --weights_only: expected true: checkpoints hold tensors and plain types only")
+            raise V2FlowError(
+                "option --weights_only: expected true: checkpoints hold tensors and plain types only"
+            )
         # Said here, for strategies that read checkpoints themselves; without it an environment variable may forbid it.
         given = self.config_init[self.subcommand]
         given["ckpt_path"], given["weights_only"] = path, True

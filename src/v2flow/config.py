@@ -23,7 +23,9 @@ MAX_RANDOM = 1 << 28
 
 def require_blocks(option: str, found: int, least: int = 0) -> None:
     """Refuses a number of blocks below `least` or above `MAX_BLOCKS`."""
-    _require(least <= found <= MAX_BLOCKS, option, f"a number >= {least} of blocks, at most {MAX_BLOCKS}", found)
+    _require(
+        least <= found <= MAX_BLOCKS, option, f"a number >= {least} of blocks, at most {MAX_BLOCKS}", found
+    )
 
 
 @dataclass

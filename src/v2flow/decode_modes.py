@@ -55,7 +55,9 @@ def read_modes(modes: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]
     found = {}
     for name, options in modes.items():
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in (name, *options)):
-            raise V2FlowError(f"{where}: decode_modes: expected options of decode by name, found {name!r}: {options!r}")
+            raise V2FlowError(
+                f"{where}: decode_modes: expected options of decode by name, found {name!r}: {options!r}"
+            )
         try:
             found[name] = checked(options)
         except V2FlowError as error:

@@ -151,7 +151,15 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except V2FlowError:
         raise
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise V2FlowError(
             f"{path}: not a readable vocabulary ({reason}); is it cut short or of another format?"

@@ -101,9 +101,7 @@ _MODELS = {
 """Names of models in checkpoints, the modules that hold them, and their configurations there."""
 
 
-def build_model(
-    info: dict[str, Any], where: str, weights: dict[str, Tensor] | None = None
-) -> nn.Module:
+def build_model(info: dict[str, Any], where: str, weights: dict[str, Tensor] | None = None) -> nn.Module:
     """The model that a checkpoint's description names, with fresh weights.
 
     Args:

@@ -34,7 +34,7 @@ class _PlainUnpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in _NAMES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise ValueError(f"it names {module}.{name}")
 
 
 def check_sharded_checkpoint(folder: Path) -> None:
