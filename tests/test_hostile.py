@@ -337,6 +337,9 @@ def test_a_checkpoint_downloads_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         for switch in ("HF_HUB_OFFLINE", "_is_offline_mode"):
             monkeypatch.setattr(module, switch, False, raising=False)
     codec = {"kind": "kl", "path": "nobody/nothing", "scale": 1.0}
+    refused(lambda: build_codec(CodecConfig(**codec)), "a hub id that this machine can reach")
+    assert asked, "else this test could not fail"
+    asked.clear()  # huggingface_hub's own question of the day among them
     named = tokenizer_checkpoint(tmp_path / "a.ckpt", lambda c: c["v2flow"]["config"].update(codec=codec))
     refused(lambda: load_model(named), "nobody/nothing", "hf download nobody/nothing")
     tokenizer = str(tokenizer_checkpoint(tmp_path / "tokenizer.ckpt"))
@@ -345,8 +348,6 @@ def test_a_checkpoint_downloads_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     write_checkpoint({"v2flow": info, "state_dict": {}}, tmp_path / "b.ckpt")
     refused(lambda: load_text_to_image(tmp_path / "b.ckpt"), "hf download nobody/nothing")
     assert asked == []
-    refused(lambda: build_codec(CodecConfig(**codec)), "a hub id that this machine can reach")
-    assert asked, "else this test could not fail"
 
 
 @pytest.mark.parametrize(

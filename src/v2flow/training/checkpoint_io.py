@@ -31,9 +31,8 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         """Reads the file, or the one before where its checksum does not fit."""
         if Path(path).is_dir():
             raise V2FlowError(
-                f"{path}: expected a .ckpt file, found a folder; a sharded checkpoint is read by the strategy "
-                "that wrote it: "
-                "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+                f"{path}: expected a .ckpt file, found a folder; a sharded checkpoint is read by the strategy that "
+                "wrote it: --trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
             )
         if not _is_remote(path):
             path = usable_checkpoint(path)

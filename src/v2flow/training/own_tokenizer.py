@@ -1,6 +1,6 @@
 """A tokenizer of the user's own, named as `MODULE:FUNCTION`: the one place that runs code which a word names.
 
-Only words that the user has typed come here, never a checkpoint's; `tests/test_unsafe_calls.py` counts the calls.
+Only words that the user has typed come here, never those of a checkpoint; see `tests/test_unsafe_calls.py`.
 """
 
 import importlib
