@@ -369,7 +369,10 @@ def test_manifests_that_do_not_say_enough_are_refused(whole: Path, tmp_path: Pat
         (folder / "manifest.json").write_text(json.dumps(document))
         return str(folder / "*.tar")
 
-    for changes in ({"scale": None}, {"dtype": "int4"}, {"downsample": 0}, {"channels": "many"}):
+    for changes in (
+        {"scale": None}, {"dtype": "int4"}, {"downsample": 0}, {"channels": "many"}, {"codec": ["x"]},
+        {"codec_sha256": {}}, {"scale": [1.0]}, {"dtype": ["fp32"]}, {"codec_name": {}}, {"image_size": 16.0},
+    ):  # fmt: skip
         with pytest.raises(V2FlowError, match="build them again") as caught:
             stored_format(open_shards(with_build(**changes)))
         assert "\n" not in str(caught.value)

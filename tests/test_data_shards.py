@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import webdataset
 from data_toys import numbered_shards
 
 from v2flow.data import http as v2http
+from v2flow.data import shards as v2shards
 from v2flow.data.http import HttpLimits, open_http
 from v2flow.data.manifest import index_tar, write_manifest
 from v2flow.data.shards import expand_shards, fetch_shard, open_shards
@@ -201,6 +203,60 @@ def test_stall_time_and_change_limits(server: Server) -> None:
         stream.read(10)
         server.etag = '"two"'
         stream.read()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{url}/café.tar",
+        "{url}/a b.tar",
+        "http://[::1/x.tar",
+        "http://host:port/x.tar",
+        "file://[::1/x.tar",
+        "a\0.tar",
+    ],
+)
+def test_names_that_are_no_url_are_one_line(server: Server, name: str) -> None:
+    """And are not asked for again and again."""
+    name = name.format(url=server.url)
+    with pytest.raises(V2FlowError) as caught:
+        open_shards(name, progress=False)
+    assert str(caught.value).startswith(f"{name}: no ") and "\n" not in str(caught.value)
+    assert server.requests == []
+
+
+def test_a_transfer_without_end_is_cut_off(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a shard at the size that its manifest, its server or v2flow allows; of a manifest at v2flow's."""
+    url, expected = tar(server)
+    endless = "pipe:yes"
+    monkeypatch.setattr(v2shards, "MAX_SHARD", 3 << 20)
+    with pytest.raises(V2FlowError, match="pipe:yes: more than the 3,145,728 bytes that were expected"):
+        fetch_shard(endless, "")
+    with pytest.raises(V2FlowError, match="more than the 5,000 bytes that were expected"):
+        fetch_shard(url, "", size=5000)
+    (server.folder / "manifest.json").write_text(" " * 2000)
+    monkeypatch.setattr(v2http, "MAX_TEXT", 1000)
+    with pytest.raises(V2FlowError, match="manifest.json: more than 1,000 bytes; copy"):
+        open_shards(url, progress=False)
+    assert not [*(tmp_path / "cache").rglob("*.tar"), *(tmp_path / "cache").rglob("*.part")]
+
+
+def test_a_fetch_leaves_room_on_the_disk(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, expected = tar(server)
+    disk = SimpleNamespace(total=10_000, free=100 + len(expected) - 1)
+    monkeypatch.setattr(v2shards.shutil, "disk_usage", lambda folder: disk)
+    room = f"only {len(expected) - 1:,} bytes can be used in"
+    with pytest.raises(V2FlowError, match=f"{url}: {len(expected):,} bytes, but {room}"):
+        fetch_shard(url, f'{len(expected)}-"one"')
+    with pytest.raises(V2FlowError, match=f"{url}: {room}"):
+        fetch_shard(url, "None-")
+    assert all(path.stat().st_size == 0 for path in (tmp_path / "cache" / "shards").iterdir())
+    disk.free += 1
+    assert fetch_shard(url, f'{len(expected)}-"one"').read_bytes() == expected
 
 
 def test_no_server_is_one_line() -> None:

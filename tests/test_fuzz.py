@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -32,6 +33,7 @@ from v2flow.data.shards import Shard, ShardSet
 from v2flow.data.tokens import TokenReader
 from v2flow.data.validate import _check, _salvage
 from v2flow.errors import V2FlowError
+from v2flow.inference import read_ids, write_ids
 from v2flow.training.checkpoint import build_model, load_model
 
 LONG = os.environ.get("V2FLOW_FUZZ") == "long"
@@ -270,6 +272,20 @@ def test_ids(ids: torch.Tensor, options: dict[str, Any]) -> None:
         pictures = tokenizer().decode(ids, generator=torch.Generator().manual_seed(0), **options)
         assert pictures.shape == (len(ids), 3, 16, 16)
         assert ids.dtype in INTEGERS and ((ids >= 0) & (ids < 32)).all(), "nothing else is drawn"
+
+
+@given(st.data())
+def test_files_of_ids(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.npz"
+    write_ids(path, {"a": torch.arange(8), "b.png": torch.arange(8)})
+    if data.draw(st.booleans()):
+        with zipfile.ZipFile(path, "a", data.draw(st.sampled_from([0, 8, 12, 14]))) as archive:
+            archive.writestr(
+                data.draw(st.sampled_from(["c", "c.npy", "../c.npy", "d/"])), data.draw(st.binary())
+            )
+    path.write_bytes(mutated(path.read_bytes(), data.draw))
+    with suppress(V2FlowError):
+        assert all(ids.dtype == torch.int64 and ids.ndim == 1 for ids in read_ids(path).values())
 
 
 # --- configurations -----------------------------------------------------------------------------------------------

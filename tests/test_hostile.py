@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +37,7 @@ from v2flow.data.tokens import TokenReader
 from v2flow.data.validate import _check, validate_shards
 from v2flow.errors import V2FlowError
 from v2flow.images import read_picture
+from v2flow.inference import read_ids
 from v2flow.training.checkpoint_files import write_checkpoint
 from v2flow.training.checkpoint_folders import check_sharded_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
@@ -643,6 +645,26 @@ def test_no_picture_takes_more_than_a_gigabyte(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAK, str(tmp_path / "a.png")]
     bytes_a_pixel = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     assert bytes_a_pixel * MAX_PIXELS < 1 << 30
+
+
+# --- ids ----------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_hold_no_ids(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npz"
+    np.save(tmp_path / "plain.npy", np.arange(4))
+    (tmp_path / "plain.npy").rename(path)
+    refused(lambda: read_ids(path), str(path), "expected an .npz file")
+    payload = pickle.dumps(Bomb(tmp_path / "ran"))
+    zeros = io.BytesIO()
+    np.save(zeros, np.zeros(1 << 24, np.uint8))
+    for name, data in (("notes.txt", b"words"), ("a.npy", payload), ("a.npy", zeros.getvalue())):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(name, data)
+        refused(lambda: read_ids(path), str(path), "expected an .npz file")
+    assert not (tmp_path / "ran").exists()
+    np.savez(path, a=np.arange(4, dtype=np.uint16))
+    assert read_ids(path)["a"].tolist() == [0, 1, 2, 3]
 
 
 # --- captions -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -114,11 +116,13 @@ def read_ids(path: Path) -> dict[str, Tensor]:
         V2FlowError: not an .npz file, empty, not integer vectors, or a name that is a path.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(path) as archive:
+            arrays = {
+                info.filename.removesuffix(".npy"): _array(archive, info) for info in archive.infolist()
+            }
     except FileNotFoundError as error:
         raise V2FlowError(f"{path}: no such file; expected one made by `v2flow encode`") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except _UNREADABLE as error:
         raise V2FlowError(
             f"{path}: expected an .npz file made by `v2flow encode`, found something else"
         ) from error
@@ -132,6 +136,23 @@ def read_ids(path: Path) -> dict[str, Tensor]:
                 f"{path}: entry {name!r}: expected integers of shape [N], found {array.dtype} {array.shape}"
             )
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+
+
+# What zipfile and numpy raise on a damaged archive.
+_UNREADABLE = (
+    OSError, ValueError, EOFError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RuntimeError,
+    SyntaxError, struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
+MAX_ROW = 1 << 24
+"""Bytes of one picture's ids: a few kilobytes of an archive can unfold to gigabytes."""
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    if info.file_size > MAX_ROW:
+        raise ValueError(f"{info.filename} has {info.file_size:,} bytes")
+    with archive.open(info) as member:
+        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+    return array
 
 
 def picture_psnr(original: Tensor, result: Tensor) -> float:

@@ -35,6 +35,8 @@ class HttpLimits:
 
 
 LIMITS = HttpLimits()
+MAX_TEXT = 256 << 20
+"""Bytes of a remote manifest, which is read into memory: about four million samples."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ class HttpStream(io.RawIOBase):
                         f"{self.url}: the server answers {error.code} {error.reason}"
                     ) from error
                 reason = f"{error.code} {error.reason}"
+            except V2FlowError:
+                raise
+            except (ValueError, http.client.InvalidURL) as error:
+                raise V2FlowError(
+                    f"{self.url}: no URL that can be asked for ({_first_line(error)}); write letters beyond ASCII "
+                    "and spaces as %XX"
+                ) from error
             except (OSError, http.client.HTTPException) as error:
                 reason = _reason(error, self._limits.stall)
             self._wait_before_retry(reason)
@@ -214,11 +223,14 @@ def fetch_text(url: str, limits: HttpLimits | None = None) -> str | None:
     """A small text file, or None if the server has none of this name.
 
     Raises:
-        V2FlowError: any other failure.
+        V2FlowError: any other failure, or more than `MAX_TEXT` bytes.
     """
     try:
         with open_http(url, limits=limits) as stream:
-            return stream.read().decode()
+            data = stream.read(MAX_TEXT + 1)
+        if len(data) > MAX_TEXT:
+            raise V2FlowError(f"{url}: more than {MAX_TEXT:,} bytes; copy the shards to a local folder")
+        return data.decode()
     except V2FlowError as error:
         cause = error.__cause__
         if isinstance(cause, urllib.error.HTTPError) and cause.code in (403, 404, 410):
@@ -246,4 +258,8 @@ def _reason(error: BaseException, stall: float) -> str:
     inner = getattr(error, "reason", error)
     if isinstance(inner, TimeoutError) or "timed out" in str(inner):
         return f"no byte for {stall:g} s"
-    return str(inner).splitlines()[0] if str(inner) else type(inner).__name__
+    return _first_line(inner)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

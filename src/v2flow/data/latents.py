@@ -186,6 +186,10 @@ def _format_of(folder: str, build: Mapping[str, Any]) -> LatentFormat | None:
         return None
     try:
         source = LatentSource(**{field.name: build[field.name] for field in fields(LatentSource)})
+        for field in fields(LatentSource):
+            value, kind = build[field.name], (int, float) if field.type is float else field.type
+            if not isinstance(value, kind):  # type: ignore[arg-type]
+                raise TypeError(f"{field.name} is {value!r:.40}")
         form = LatentFormat(build["codec_name"], source, build["dtype"], bool(build["flip"]))
         if form.size <= 0 or not isinstance(form.codec_name, str):
             raise ValueError("no size or name")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -38,6 +38,10 @@ Shards = str | Sequence[str]
 MAX_OPEN_FILES = 64
 MAX_BYTES = {"image": 256 << 20, "txt": MAX_CAPTION, "json": MAX_CAPTION, "cls": MAX_CAPTION}
 """Of members by field; a larger one is never read."""
+MAX_SHARD = 64 << 30
+"""Bytes of a remote shard, where neither a manifest nor its server says how many it has."""
+KEPT_FREE = 1 << 30
+"""Bytes that a fetch leaves free on the disk, or a hundredth of it where that is less."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 
@@ -87,7 +91,10 @@ def _expand_name(name: str, allow_pipe: bool) -> list[str]:
             raise V2FlowError(f"{name}: wildcards only work for local shards; use braces {{000..012}}")
         return [name]
     if scheme == "file":
-        name = url2pathname(urlparse(name).path)
+        try:
+            name = url2pathname(urlparse(name).path)
+        except ValueError as error:
+            raise V2FlowError(f"{name}: no URL of a file ({error}); write its path instead") from error
     elif scheme:
         raise V2FlowError(
             f"{name}: unknown scheme {scheme!r}; expected a path, file:, http:, https: or pipe:"
@@ -123,7 +130,7 @@ class Shard:
 
     def local_path(self) -> Path:
         """The file to read; a remote one is fetched into the cache first, by one process for all."""
-        return fetch_shard(self.name, self.version) if self.remote else Path(self.name)
+        return fetch_shard(self.name, self.version, self.index.size) if self.remote else Path(self.name)
 
 
 class ShardSet:
@@ -300,7 +307,7 @@ def _open_local(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard
     path = Path(name)
     try:
         status = path.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise V2FlowError(f"{name}: no such shard; check the path and the braces") from error
     if not path.is_file():
         raise V2FlowError(
@@ -359,13 +366,17 @@ def _refuse_duplicates(opened: ShardSet) -> None:
             raise V2FlowError(f"{second}: the key {key!r} is also in {first}; keys must be unique")
 
 
-def fetch_shard(name: str, version: str) -> Path:
+def fetch_shard(name: str, version: str, size: int | None = None) -> Path:
     """Fetches a remote shard into the cache, once for all processes of this machine, and gives its path.
 
     What was fetched of it before an interruption is kept. Nothing is ever removed from the cache.
 
+    Args:
+        version: what tells its contents from others of the same name; begins with its bytes, if the server says them.
+        size: its bytes, if a manifest says them.
+
     Raises:
-        V2FlowError: it cannot be read to its end.
+        V2FlowError: it cannot be read to its end, is larger than it should be, or there is no room for it.
     """
     digest = hashlib.sha256(f"{name}\n{version}".encode()).hexdigest()[:32]
     final = cache_dir() / "shards" / f"{digest}.tar"
@@ -376,7 +387,9 @@ def fetch_shard(name: str, version: str) -> Path:
         with _locked(final.with_suffix(".lock")):
             if not final.exists():
                 partial = final.with_suffix(".part")
-                (_run_pipe if name.startswith("pipe:") else _download)(name, version, partial)
+                if size is None and version.partition("-")[0].isdigit():
+                    size = int(version.partition("-")[0])
+                (_run_pipe if name.startswith("pipe:") else _download)(name, version, partial, size)
                 os.replace(partial, final)
     except OSError as error:
         reason = disk_reason(error) or error.strerror
@@ -387,19 +400,43 @@ def fetch_shard(name: str, version: str) -> Path:
     return final
 
 
-def _download(url: str, version: str, partial: Path) -> None:
+def _download(url: str, version: str, partial: Path, size: int | None) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     tag = version.partition("-")[2]
     with HttpStream(url, have if tag else 0, tag) as stream, partial.open("ab" if tag else "wb") as file:
-        shutil.copyfileobj(stream, file, 1 << 20)
+        _copy(stream, file, url, size)
 
 
-def _run_pipe(name: str, version: str, partial: Path) -> None:
+def _run_pipe(name: str, version: str, partial: Path, size: int | None) -> None:
     try:
         with gopen(name) as stream, partial.open("wb") as file:
-            shutil.copyfileobj(stream, file, 1 << 20)
+            _copy(stream, file, name, size)
+    except V2FlowError:
+        raise
     except OSError as error:
         raise V2FlowError(f"{name}: the command failed ({str(error).splitlines()[0]})") from error
+
+
+def _copy(stream: Any, file: BinaryIO, name: str, size: int | None) -> None:
+    """Writes a stream behind what the file has. One without end is cut off, and nothing of it is kept."""
+    disk = shutil.disk_usage(Path(file.name).parent)
+    room = disk.free - min(KEPT_FREE, disk.total // 100) + file.tell()
+    most = min(MAX_SHARD if size is None else size, room)
+    if size is None or size <= room:
+        while chunk := stream.read(1 << 20):
+            file.write(chunk)
+            if file.tell() > most:
+                break
+        else:
+            return
+        Path(file.name).unlink()
+    if most == room:
+        needed = "" if size is None else f"{size:,} bytes, but "
+        raise V2FlowError(
+            f"{name}: {needed}only {max(room, 0):,} bytes can be used in {Path(file.name).parent}; make room there, or "
+            "name another folder in the variable V2FLOW_CACHE"
+        )
+    raise V2FlowError(f"{name}: more than the {most:,} bytes that were expected; is it the right file?")
 
 
 @contextmanager
