@@ -103,7 +103,8 @@ benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 test: $(VENV)/.installed-test
 	$(PYTEST) $(ARGS)
 
-# Trainings are killed at random moments and resumed; a seed is drawn and printed (ARGS="--seed N" repeats it).
+# Trainings are killed at random moments and resumed, two ranks too, and each fault of data, disk, memory and clock is
+# tried; a seed is drawn and printed (ARGS="--seed N" repeats it).
 test-faults: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PY) tests/faults/run.py --ranks $(ARGS)
 

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import os
-import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from v2flow.benchmark.runs import current_commit, machine
 from v2flow.data.batches import SampleReader, TrainBatches
 from v2flow.data.loaders import TrainLoader
 from v2flow.data.shards import open_shards
@@ -59,7 +60,9 @@ def main(words: list[str] | None = None) -> None:
         "ratio": median(ratios),
         "ratios": ratios,
         "limit": 1.05,
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "command": ["python", "benchmarks/corrupt_samples.py", *(sys.argv[1:] if words is None else words)],
+        "commit": current_commit(),
+        "machine": machine(torch.get_num_threads()),
     }
     print(json.dumps(report))
 

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import corrupt_samples
+
+from v2flow.benchmark.runs import current_commit
 
 SMALL = ["--samples", "96", "--share", "0.04", "--size", "32", "--image-size", "16", "--batch", "8"]
 
@@ -34,3 +37,5 @@ def test_the_ratio_is_the_median_of_interleaved_pairs(
     assert found["damaged_samples"] == 4 and looks == 5 * 48
     assert found["ratios"] == [2, 3, 4, 5] and found["ratio"] == 3.5, "the first repetition is thrown away"
     assert found["cpu_ms_a_good_sample"] == {"clean": 125, "damaged": 437.5}, "eight pictures in a batch"
+    assert found["command"][:4] == ["python", "benchmarks/corrupt_samples.py", "--samples", "96"]
+    assert found["commit"] == current_commit() and found["machine"]["threads"] == torch.get_num_threads()

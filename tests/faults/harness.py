@@ -5,10 +5,10 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,26 @@ class Tally:
         kills: "SIGNAL at MOMENT" -> how often a run was ended so.
         rounds: trainings that came to their end.
         lines: batches and validations in a training.
+        workers: number of data workers -> how often a run was started with them.
         differences: what was not as in the run in a piece, one line each.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
     lines: int = 0
+    workers: Counter[int] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
+
+
+def origin(script: str) -> dict[str, Any]:
+    """Where a result comes from: the command, the commit, and the machine with the one thread of each training."""
+    from v2flow.benchmark.runs import current_commit, machine
+
+    return {
+        "command": ["python", script, *sys.argv[1:]],
+        "commit": current_commit(),
+        "machine": machine(threads=1),
+    }
 
 
 def write_toys(stage: str, folder: Path) -> dict[str, Any]:
@@ -56,8 +69,8 @@ def write_toys(stage: str, folder: Path) -> dict[str, Any]:
 
 
 def variant(config: dict[str, Any], folder: Path, number: int) -> str:
-    """Writes the experiment into a folder; by their numbers some save after each step, read in processes of their
-    own, have no validation and save at the end of each epoch, or have one that falls together with the epochs' ends."""
+    """Writes the experiment into a folder; by their numbers some save after each step, have no validation and save at
+    the end of each epoch, or have one that falls together with the epochs' ends."""
     trainer = config["trainer"] | {"val_check_interval": {3: 3, 4: 6, 7: 3}.get(number % 8, 5)}
     last = {"filename": "last", "enable_version_counter": False}
     if number % 2:
@@ -70,7 +83,7 @@ def variant(config: dict[str, Any], folder: Path, number: int) -> str:
         {"class_path": checkpoint, "init_args": {"monitor": "val/loss", "filename": "best-{step}"}},
         {"class_path": checkpoint, "init_args": last},
     ]
-    data = config["data"] | {"num_workers": number % 3 // 2}
+    data = dict(config["data"])
     if number % 4 == 2:
         del callbacks[3]
         data["val"] = None
@@ -178,7 +191,7 @@ def run_stage(stage: str, folder: Path, kills: int, seed: int, report: Any = pri
     config, toys = make_toys(stage, folder), folder / stage
     while tally.kills.total() < kills:
         number = tally.rounds
-        kind = number % 24  # see `variant`
+        kind = number % 8  # see `variant`
         if kind not in configs:
             configs[kind] = uninterrupted(config, toys / f"whole-{kind}", kind)
         expected = configs[kind]
@@ -207,8 +220,9 @@ def run_round(
     """One training, killed at most `most` times and then let through."""
     path = variant(config, folder, number)
     for struck in range(1000):
-        fault = draw_fault(draws) if struck < min(most, 12) else None
-        status = fit(path, folder / "log", fault)
+        fault, workers = draw_fault(draws) if struck < min(most, 12) else None, draws.randrange(3)
+        status = fit(path, folder / "log", fault, data__num_workers=workers)
+        tally.workers[workers] += 1
         if status == 0:
             break
         if fault is None or status not in (-fault["signal"], 128 + fault["signal"]):
@@ -222,9 +236,13 @@ def run_round(
     tally.differences += compare(folder, expected)
 
 
-def compare(folder: Path, expected: list[str]) -> list[str]:
-    """What the surviving line of checkpoints, or any line ever written, has that the run in a piece has not."""
-    found = lineage(folder)
+def compare(folder: Path, expected: list[str], of: Callable[[str], str] = str) -> list[str]:
+    """What the surviving line of checkpoints, or any line ever written, has that the run in a piece has not.
+
+    Args:
+        of: what is compared of a line.
+    """
+    expected, found = [of(line) for line in expected], [of(line) for line in lineage(folder)]
     if not (folder / "lineage.json").exists():
         # Lightning ends a training whose last step is made without the validation that was to follow.
         found += [line for line in expected[len(found) :] if line.startswith("val")]
@@ -235,7 +253,7 @@ def compare(folder: Path, expected: list[str]) -> list[str]:
             break
     if len(found) != len(expected):
         differences.append(f"{folder.name}: expected {len(expected)} lines, found {len(found)}")
-    everything = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
+    everything = [of(json.loads(line)) for line in (folder / "all.jsonl").read_text().splitlines()]
     foreign = [line for line in everything if not line.startswith("start") and line not in set(expected)]
     differences += [f"{folder.name}: no line of the run in a piece: {line!r}" for line in foreign[:1]]
     return differences
@@ -246,63 +264,12 @@ def lineage(folder: Path) -> list[str]:
     path = folder / "lineage.json"
     if path.exists():
         return json.loads(path.read_text())
-    callbacks = _saved(folder)["callbacks"]
+    callbacks = saved_state(folder)["callbacks"]
     return next(state["lines"] for name, state in callbacks.items() if name.startswith("Recorder"))
 
 
-def run_ranks(folder: Path) -> list[str]:
-    """Two ranks are stopped in the middle of an accumulation, and go on as two, and as one with batches twice as big.
-
-    One rank gets the signal. Gives what was not as it should be: exit statuses, the samples and their order.
-    """
-    config = make_toys("tokenizer", folder)
-    samples = [_without_loss(line) for line in uninterrupted(config, folder / "ranks-whole", 0)]
-    differences = []
-    for ranks in (2, 1):
-        place = folder / f"ranks-{ranks}"
-        path = variant(config, place, 0)
-        # The first validation is after five batches: one of an accumulation's four is done.
-        fault = {"where": "validation", "count": 1, "signal": int(signal.SIGTERM)}
-        statuses = fit_ranks(path, place / "log", fault)
-        if statuses != [143, 0]:
-            differences.append(
-                f"{place.name}: expected statuses [143, 0], found {statuses}; see {place / 'log'}"
-            )
-        if "accumulated_gradients" not in _saved(place):
-            differences.append(f"{place.name}: no gradients of the accumulation that has begun are saved")
-        statuses = fit_ranks(path, place / "log") if ranks == 2 else [fit(path, place / "log")]
-        if any(statuses):
-            differences.append(f"{place.name}: the resumed run ended with {statuses}; see {place / 'log'}")
-            continue
-        found = [_without_loss(line) for line in lineage(place)]
-        wrong = [(one, other) for one, other in zip(found, samples, strict=False) if one != other]
-        if wrong or len(found) != len(samples):
-            differences.append(
-                f"{place.name}: {len(samples)} and {len(found)} lines, first wrong: {wrong[:1]}"
-            )
-    return differences
-
-
-def fit_ranks(path: str, log: Path, fault: dict[str, Any] | None = None) -> list[int]:
-    """As `fit`, by two ranks with half of the batch each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    options = {
-        "trainer__devices": 2,
-        "trainer__strategy": "ddp",
-        "data__batch_size": 2,
-        "data__eval_batch_size": 1,
-    }
-    works = [
-        fitting(path, fault, address | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}, **options)
-        for rank in range(2)
-    ]
-    return in_processes(works, log)
-
-
-def _saved(folder: Path) -> dict[str, Any]:
+def saved_state(folder: Path) -> dict[str, Any]:
+    """The contents of a training's `last.ckpt`; nothing if there is none."""
     import torch
 
     paths = sorted(
@@ -311,6 +278,6 @@ def _saved(folder: Path) -> dict[str, Any]:
     return torch.load(paths[-1], weights_only=True) if paths else {}
 
 
-def _without_loss(line: str) -> str:
-    """Draws depend on the rank, and with them the loss."""
+def without_loss(line: str) -> str:
+    """Draws depend on the rank, and with them the losses."""
     return re.sub(r"loss \S+", "", line)

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ FAULT = "V2FLOW_TEST_FAULT"
 
 
 class Recorder(Callback):
-    """Every batch and validation, in order, as lines: samples, loss to the last bit, steps of optimiser and loggers.
+    """Every batch and validation, in order, as lines: samples, losses to the last bit, steps of optimiser and loggers.
 
     The lines are part of each checkpoint, so those of the last run are the whole line of checkpoints that survived.
     All lines that were ever written, also of batches that were lost and repeated, are in FOLDER/all.jsonl; those of a
@@ -39,15 +40,14 @@ class Recorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        keys = [batch["key"]]
+        parts = [(float(outputs["loss"]).hex(), batch["key"])]
         if trainer.world_size > 1:
-            keys = [[]] * trainer.world_size
-            torch.distributed.all_gather_object(keys, batch["key"])
+            parts *= trainer.world_size
+            torch.distributed.all_gather_object(parts, parts[0])
         logged = trainer.fit_loop.epoch_loop._batches_that_stepped
-        found = " ".join(key for part in keys for key in part)
-        self._add(
-            f"train step {trainer.global_step} logged {logged} loss {float(outputs['loss']).hex()} {found}"
-        )
+        losses = ",".join(loss for loss, _ in parts)
+        found = " ".join(key for _, keys in parts for key in keys)
+        self._add(f"train step {trainer.global_step} logged {logged} loss {losses} {found}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
@@ -68,16 +68,17 @@ class Recorder(Callback):
 
 
 class Saboteur(Callback):
-    """Sends this process a signal at the n-th time that something happens, as the environment says.
+    """Sends a signal at the n-th time that something happens in the first rank, as the environment says.
 
-    `{"where": WHERE, "count": n, "signal": number}`; WHERE is batch_start, batch_end, forward, validation, or, of a
-    checkpoint, write (a part of it is written), fsync, link, replace (before each), saved, or time (after n
-    thousandths of a second of training).
+    `{"where": WHERE, "count": n, "signal": number, "ranks": those that get it, by default the first}`; WHERE is
+    batch_start, batch_end, forward, validation, or, of a checkpoint, write (a part of it is written), fsync, link,
+    replace (before each), saved, or time (after n thousandths of a second of training).
     """
 
     def __init__(self) -> None:
         self.fault = json.loads(os.environ.get(FAULT, "null"))
         self._seen: Counter[str] = Counter()
+        self._processes = [os.getpid()]
 
     def strike(self, where: str) -> None:
         self._seen[where] += 1
@@ -86,11 +87,16 @@ class Saboteur(Callback):
 
     def _kill(self) -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            os.kill(os.getpid(), self.fault["signal"])
+            for rank in sorted(self.fault.get("ranks", [0]), reverse=True):  # this process comes last
+                with suppress(ProcessLookupError):  # it may have come to its end
+                    os.kill(self._processes[rank], self.fault["signal"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.fault is None:
             return
+        if trainer.world_size > 1:
+            self._processes *= trainer.world_size
+            torch.distributed.all_gather_object(self._processes, os.getpid())
         checkpoint_files.os = _Os(self)  # type: ignore[attr-defined]
         write = checkpoint_files._HashingFile.write
 

@@ -1,6 +1,6 @@
 """Kills `v2flow fit` at random moments, resumes it, and says whether the trainings were those of a run in a piece.
 
-python tests/faults/run.py --kills 50 --data 5 --seed 0 --out faults.json
+python tests/faults/run.py --kills 50 --ranks --data 5 --seed 0 --out faults.json
 """
 
 import argparse
@@ -15,7 +15,8 @@ for place in (Path(__file__).parent, Path(__file__).parent.parent):
     sys.path.insert(0, str(place))
 
 from data_faults import FAULTS, run_data_faults  # noqa: E402
-from harness import STAGES, run_ranks, run_stage  # noqa: E402
+from harness import STAGES, Tally, origin, run_stage  # noqa: E402
+from ranks import run_ranks  # noqa: E402
 
 
 def main() -> int:
@@ -24,10 +25,10 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=50, help="runs to kill, for each stage")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--ranks", action="store_true", help="also stop and resume two ranks")
     parser.add_argument(
-        "--data", type=int, default=0, help="also try each fault of data, disk and clock so often"
+        "--ranks", action="store_true", help="also kill two ranks, a tenth as often, at least twice"
     )
+    parser.add_argument("--data", type=int, default=1, help="try each fault of data, disk and clock so often")
     parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=None, help="of those, these alone")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; by default a new one")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
@@ -42,29 +43,20 @@ def main() -> int:
     import v2flow.training.t2i_module
     import v2flow.training.tokenizer_module  # noqa: F401
 
-    result: dict[str, Any] = {"seed": seed, "stages": {}}
+    result: dict[str, Any] = {**origin("tests/faults/run.py"), "seed": seed, "stages": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for number, stage in enumerate(options.stages):
-            started = time.monotonic()
-            tally = run_stage(
-                stage, folder, options.kills, seed + number, lambda line: print(line, flush=True)
-            )
-            result["stages"][stage] = {
-                "kills": tally.kills.total(),
-                "kills_by_moment": dict(sorted(tally.kills.items())),
-                "trainings": tally.rounds,
-                "lines_a_training": tally.lines,
-                "differences": tally.differences,
-                "seconds": round(time.monotonic() - started),
-            }
+            begun = time.monotonic()
+            tally = run_stage(stage, folder, options.kills, seed + number, _say)
+            result["stages"][stage] = _figures(tally, begun)
         if options.ranks:
-            result["stages"]["ranks"] = {"differences": run_ranks(folder / "two-ranks")}
+            begun = time.monotonic()
+            tally = run_ranks(folder / "two-ranks", max(2, options.kills // 10), seed, _say)
+            result["stages"]["ranks"] = _figures(tally, begun)
         if options.data:
-            found = run_data_faults(
-                folder / "data", seed, options.data, options.only, lambda line: print(line, flush=True)
-            )
+            found = run_data_faults(folder / "data", seed, options.data, options.only, _say)
             result["data_faults"] = {
                 name: {"rounds": options.data, "differences": d} for name, d in found.items()
             }
@@ -75,6 +67,22 @@ def main() -> int:
         options.out.write_text(text + "\n")
     parts = [*result["stages"].values(), *result.get("data_faults", {}).values()]
     return int(any(part["differences"] for part in parts))
+
+
+def _figures(tally: Tally, begun: float) -> dict[str, Any]:
+    return {
+        "kills": tally.kills.total(),
+        "kills_by_moment": dict(sorted(tally.kills.items())),
+        "starts_by_workers": dict(sorted(tally.workers.items())),
+        "trainings": tally.rounds,
+        "lines_a_training": tally.lines,
+        "differences": tally.differences,
+        "seconds": round(time.monotonic() - begun),
+    }
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

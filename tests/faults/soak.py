@@ -31,7 +31,7 @@ import psutil  # noqa: E402
 import yaml  # noqa: E402
 from data_faults import quick_limits  # noqa: E402
 from data_toys import encode, write_tar  # noqa: E402
-from harness import _fork, fitting, make_toys  # noqa: E402
+from harness import _fork, fitting, make_toys, origin  # noqa: E402
 from server import FaultyServer, serving  # noqa: E402
 from verdict import LIMIT_MB, judge  # noqa: E402
 
@@ -47,6 +47,7 @@ class Soak:
         events: what was done to the trainings, by kind.
         broken: checkpoints that could not be read, and ends that were not expected; one line each.
         running: the process that trains in a folder.
+        origin: command, commit and machine.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Soak:
     events: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     running: dict[Path, int] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=lambda: origin("tests/faults/soak.py"))
 
     def count(self, event: str) -> None:
         self.events[event] = self.events.get(event, 0) + 1
@@ -216,6 +218,7 @@ def report(soak: Soak, folder: Path, seconds: float, out: Path) -> dict[str, Any
     lines = gauge.read_text().rpartition("\n")[0].splitlines() if gauge.is_file() else []
     samples = [json.loads(line) for line in lines]
     result = {
+        **soak.origin,
         "seed": soak.seed, "minutes": round(seconds / 60, 2), "limit_mb_an_hour": LIMIT_MB, "events": soak.events,
         "verdict": judge(samples, seconds, soak.broken), "samples": samples,
     }  # fmt: skip

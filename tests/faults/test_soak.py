@@ -1,10 +1,14 @@
 """The verdict of a soak on made-up measurements: what grows is found, what goes up and down is not."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faults.soak import Soak, report
 from faults.verdict import judge
+
+from v2flow.benchmark.runs import current_commit
 
 SECONDS = 3600.0
 
@@ -86,3 +90,9 @@ def test_broken_checkpoints_and_short_soaks_are_not_good() -> None:
     assert judge([], SECONDS, [])["good"] is judge(measured()[:110], SECONDS, [])["good"] is None
     cold = judge(measured(warm=2 * SECONDS), SECONDS, [])
     assert cold["good"] is None and "after the first validation: expected 30, found 0" in cold["why"][0]
+
+
+def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
+    found = report(Soak(tmp_path, seed=3), tmp_path, 60.0, tmp_path / "soak.json")
+    assert found["command"][:2] == ["python", "tests/faults/soak.py"] and found["seed"] == 3
+    assert found["commit"] == current_commit() and found["machine"]["threads"] == 1

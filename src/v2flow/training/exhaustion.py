@@ -1,9 +1,10 @@
-"""A machine that has run out of memory or disk, told in one line with advice."""
+"""A machine that has run out of memory or disk, or another one that is gone, told in one line with advice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 from v2flow.data.disk import disk_reason
 from v2flow.errors import V2FlowError
@@ -20,12 +21,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(part in text for part in _ALLOCATORS + _THREADS)
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank, without a word, no longer takes part."""
+    # Of gloo's errors some have a class of their own, others only say where they come from.
+    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+
+
 @contextmanager
 def clear_exhaustion() -> Iterator[None]:
     """Tells what a machine has run out of in one line; checkpoints that are there stay as they are.
 
     Raises:
-        V2FlowError: in place of an error that says that memory or disk is used up.
+        V2FlowError: in place of an error that says that memory or disk is used up, or another rank gone.
     """
     try:
         yield
@@ -43,6 +52,11 @@ def clear_exhaustion() -> Iterator[None]:
             _raise_what_was_told_before(error)
             raise V2FlowError(
                 f"training: {reason} ({_line(error)}); make room and go on with --ckpt_path last"
+            ) from error
+        if is_lost_rank(error):
+            raise V2FlowError(
+                f"training: the connection to another rank broke ({_line(error)}); see that rank's output, and go on "
+                "with --ckpt_path last"
             ) from error
         raise
 

@@ -22,7 +22,8 @@ class ExactResumeCallback(Callback):
     """Completes every checkpoint, and what is restored from one.
 
     Gradients of an accumulation that has begun are saved with it, the mean over the ranks, so that a resume with
-    another number of ranks goes on as well: on one process bit for bit, on several up to rounding.
+    another number of ranks goes on as well. So that one with the same number goes on bit for bit, each rank takes the
+    mean in the place of its own gradients already at the validation after which it may be saved.
     """
 
     def __init__(self) -> None:
@@ -38,10 +39,12 @@ class ExactResumeCallback(Callback):
         self._validated = state_dict["validated"]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets back the count of a validation that was interrupted."""
+        """Sets back the count of a validation that was interrupted, and shares the gradients amid accumulation."""
         # A validation that begins anew after a resume: Lightning counts the interrupted one's batch as begun.
         total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed
+        if is_accumulating(trainer):
+            _share_gradients(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that the validation at this batch is done."""
@@ -153,20 +156,24 @@ def _put_validation_first(loop: dict[str, Any], accumulating: bool) -> None:
 
 
 @torch.no_grad()
+def _share_gradients(module: LightningModule) -> None:
+    """Replace the gradients accumulated so far by their mean over the ranks; the step's is the same up to rounding."""
+    _, ranks = world()
+    for parameter in module.parameters():
+        if ranks > 1 and parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+            parameter.grad /= ranks
+            torch.distributed.all_reduce(parameter.grad)
+
+
+@torch.no_grad()
 def _gradients(module: LightningModule) -> dict[str, Tensor]:
     """The gradients accumulated so far, whole and the mean over the ranks, on the CPU."""
-    _, ranks = world()
+    _share_gradients(module)
     found = {}
     for name, parameter in module.named_parameters():
         gradient = parameter.grad
-        if gradient is None:
-            continue
-        if isinstance(gradient, DTensor):
-            gradient = gradient.full_tensor()
-        elif ranks > 1:
-            gradient = gradient / ranks
-            torch.distributed.all_reduce(gradient)
-        found[name] = gradient.cpu()
+        if gradient is not None:
+            found[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).cpu()
     return found
 
 
