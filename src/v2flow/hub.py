@@ -6,7 +6,7 @@ compared by SHA-256.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,7 +226,7 @@ def read_document(path: Path, model_type: str) -> dict[str, Any]:
     return document
 
 
-def check_types(document: dict[str, Any], types: dict[str, type], where: str) -> None:
+def check_types(document: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:
     """Refuses entries of other types; those that are missing or None are left to whoever needs them."""
     for name, kind in types.items():
         value = document.get(name)
