@@ -95,8 +95,13 @@ def test_status_2_with_one_line_after_a_mistake(capsys: pytest.CaptureFixture[st
     assert re.fullmatch(r"v2flow: error: nowhere\.ckpt: .+\n", capsys.readouterr().err)
 
 
-def test_status_130_after_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_130_after_ctrl_c(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     out = tmp_path / "shapes"
+    # A shell ignores Ctrl-C in what it starts in the background, and so would these tests in a script.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def press() -> None:
         end = time.monotonic() + 60

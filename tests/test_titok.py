@@ -162,7 +162,10 @@ def test_the_experiment_is_as_large_as_its_neighbours(repository: Path) -> None:
     ("options", "message"),
     [
         ({"num_tokens": 0}, "option num_tokens: expected at least 1, found 0"),
-        ({"encoder_depth": 0}, "option encoder_depth: expected at least 1, found 0"),
+        (
+            {"encoder_depth": 0},
+            "option encoder_depth: expected a number >= 1 of blocks, at most 1000, found 0",
+        ),
         ({"heads": 3}, "option heads: expected a divisor of width 16, found 3"),
         ({"codebook_size": 1}, "option codebook_size"),
         ({"image_size": 18}, "multiples of 4.*nearest is 16x16"),
