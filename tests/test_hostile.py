@@ -662,6 +662,12 @@ def test_files_that_hold_no_ids(tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(name, data)
         refused(lambda: read_ids(path), str(path), "expected an .npz file")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.npy", bytes(2000))
+    damaged = bytearray(path.read_bytes())
+    damaged[50:60] = b"\xff" * 10
+    path.write_bytes(damaged)
+    refused(lambda: read_ids(path), str(path), "expected an .npz file")
     assert not (tmp_path / "ran").exists()
     np.savez(path, a=np.arange(4, dtype=np.uint16))
     assert read_ids(path)["a"].tolist() == [0, 1, 2, 3]

@@ -148,8 +148,8 @@ MAX_ROW = 1 << 24
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    if info.file_size > MAX_ROW:
-        raise ValueError(f"{info.filename} has {info.file_size:,} bytes")
+    if info.file_size > MAX_ROW or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{info.filename}: too large, or not packed as numpy does")
     with archive.open(info) as member:
         array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
     return array
