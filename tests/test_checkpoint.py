@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from v2flow.config import VisualVocabularyConfig, VocabularyConfig
 from v2flow.errors import V2FlowError
+from v2flow.hub import check_sizes
 from v2flow.tokenizer import V2FlowTokenizer
 from v2flow.training.checkpoint import initialise_from, load_model, read_checkpoint
 from v2flow.training.module import _first_difference
@@ -311,3 +312,19 @@ def test_options_that_do_not_touch_the_weights_may_change_at_resume() -> None:
     assert _first_difference("", saved, scaled, free) == (
         "config.codec.scale is 1.0 in the checkpoint and 2.0 in this experiment"
     )
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "rvq", "simvq", "fsq", "lfq", "bsq"])
+def test_sizes_of_every_baseline_are_compared_before_it_is_built(quantizer: str) -> None:
+    from v2flow.baselines.titok import TiTokAutoencoder, TiTokConfig
+
+    config = TiTokConfig(
+        image_size=16, quantizer=quantizer, codebook_size=64, code_dim=8, num_tokens=6, width=16, heads=2,
+        encoder_depth=1, decoder_depth=1,
+    )  # fmt: skip
+    weights = TiTokAutoencoder(config).state_dict()
+    check_sizes(TiTokAutoencoder, config, None, weights, "x.ckpt")
+    config.width = 1 << 20  # a block's matrices would take terabytes
+    refused(lambda: check_sizes(TiTokAutoencoder, config, None, weights, "x.ckpt"), "x.ckpt", "has shape")
+    with pytest.raises(V2FlowError, match="option codebook_size: expected 1 to"):
+        TiTokConfig(quantizer=quantizer, codebook_size=1 << 40)

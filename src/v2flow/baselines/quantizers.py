@@ -44,6 +44,9 @@ class QuantizerConfig:
             raise V2FlowError(
                 f"option quantizer: expected one of {', '.join(get_args(Kind))}, found {kind!r}"
             )
+        for name, most in (("codebook_size", 1 << 24), ("code_dim", 1 << 16)):
+            if not 1 <= getattr(self, name) <= most:
+                raise V2FlowError(f"option {name}: expected 1 to {most}, found {getattr(self, name)}")
         bits = math.log2(size)
         if kind in ("fsq", "lfq", "bsq") and (not bits.is_integer() or bits < 2):
             raise V2FlowError(
@@ -144,12 +147,13 @@ def _simvq(config: QuantizerConfig) -> nn.Module:
 
 
 def _fsq(config: QuantizerConfig) -> nn.Module:
-    return FSQ(
-        levels=fsq_levels(config.codebook_size),
-        dim=config.code_dim,
-        preserve_symmetry=False,
-        noise_dropout=0.0,
-    )
+    with torch.device("cpu"):  # it looks at its own numbers, which there are none of on the meta device
+        return FSQ(
+            levels=fsq_levels(config.codebook_size),
+            dim=config.code_dim,
+            preserve_symmetry=False,
+            noise_dropout=0.0,
+        )
 
 
 def _lfq(config: QuantizerConfig) -> nn.Module:
