@@ -697,7 +697,9 @@ def test_captions_that_are_none(tmp_path: Path, txt: bytes | None, json_text: by
     shards = open_shards(
         write_tar(tmp_path / "s.tar", [m for m in members if m[1] is not None]), progress=False
     )  # type: ignore[misc]
-    refused(lambda: SampleReader(shards, SIZE, captions=True).caption(0), "sample 'a': ")
+    name, text = ("txt", txt) if txt is not None else ("json", json_text or b"")
+    expected = f"{name}: {len(text):,} bytes" if len(text) > MAX_CAPTION else "caption"
+    refused(lambda: SampleReader(shards, SIZE, captions=True).caption(0), f"sample 'a': {expected}")
     assert SampleReader(shards, SIZE).caption(0) == ""
 
 

@@ -32,7 +32,13 @@ def drawn(*objects: Object, size: int = 32) -> Tensor:
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     """Half of training's kind, half held out."""
-    return [sample_scene(9, "test" if i < COUNT // 2 else "val", i) for i in range(COUNT)]
+    turns = [
+        10 * (i // 6) + i % 6 for i in range(COUNT)
+    ]  # of training's ten, the first six are one of each task
+    return [
+        sample_scene(10, "test", i) if i < COUNT // 2 else sample_scene(10, "train", turns[i])
+        for i in range(COUNT)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,8 @@ def test_degraded_renderings(kind: str, scenes: list[Scene], pictures: np.ndarra
     mse = ((degraded - pictures) ** 2).mean((1, 2, 3))
     assert 21 < (10 * np.log10(255**2 / mse)).mean() < 29
     scores = score_scenes(tensor(degraded), scenes)
-    assert scores["overall"] >= 0.97 and min(scores.values()) >= 0.94
+    # JPEG halves the resolution of colour, and yellow on white is little but colour: its squares become round.
+    assert scores["overall"] >= 0.97 and min(scores.values()) >= (0.94 if kind == "jpeg" else 0.97)
 
 
 def test_shuffled_captions_score_at_chance(scenes: list[Scene], pictures: np.ndarray) -> None:
