@@ -6,7 +6,7 @@ from typing import Any
 
 from v2flow.cli_words import sentence
 from v2flow.config import CodecConfig, from_dict
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 _CODEC_OPTIONS = {
     "codec": "kind",
@@ -134,7 +134,7 @@ def read_codec(experiment: Path) -> tuple[CodecConfig, int]:
         codec = from_dict(CodecConfig, values.get("codec", {}), "codec")
         return codec, int(values.get("image_size", TokenizerConfig.image_size))
     except OmegaConfBaseException as error:
-        raise V2FlowError(f"{experiment}: {str(error).splitlines()[0]}") from error
+        raise V2FlowError(f"{experiment}: {first_line(error)}") from error
     except V2FlowError as error:
         raise V2FlowError(f"{experiment}: {error}") from error
     except (

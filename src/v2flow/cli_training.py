@@ -21,7 +21,7 @@ from v2flow.cli_experiment import data_module_class
 from v2flow.cli_quiet import quiet, silence_lightning
 from v2flow.cli_run_files import RunConfigCallback, write_figures
 from v2flow.cli_training_help import TrainingHelp
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import name_pictures_folder
 from v2flow.training.checkpoint import read_checkpoint
 from v2flow.training.checkpoint_files import newest_checkpoint, usable_checkpoint
@@ -237,12 +237,12 @@ def _clear_errors(command: str) -> Iterator[None]:
     except ArgumentError as error:
         raise V2FlowError(f"{condense(str(error))}; see `{command} --help`") from error
     except MisconfigurationException as error:
-        raise V2FlowError(f"experiment: {str(error).splitlines()[0]}") from error
+        raise V2FlowError(f"experiment: {first_line(error)}") from error
     except OmegaConfBaseException as error:
-        raise V2FlowError(f"experiment file: {str(error).splitlines()[0]}") from error
+        raise V2FlowError(f"experiment file: {first_line(error)}") from error
     except ValueError as error:
         if _raised_by_lightning(error):  # such as an accelerator that it does not know
-            raise V2FlowError(f"experiment: {str(error).splitlines()[0]}") from error
+            raise V2FlowError(f"experiment: {first_line(error)}") from error
         # jsonargparse wraps what an option's own check says in the story of every type that it tried.
         if isinstance(error, V2FlowError) or "Does not validate against" not in str(error):
             raise

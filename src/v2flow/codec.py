@@ -14,7 +14,7 @@ from torch import nn
 from v2flow.arrays import AnyPictures, Latents
 from v2flow.config import CodecConfig
 from v2flow.downloads import downloads_refused, why_local
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 
 class ImageCodec(nn.Module):
@@ -187,7 +187,7 @@ def _load(kind: Any, config: CodecConfig) -> Any:
     try:
         return kind.from_pretrained(config.path, local_files_only=downloads_refused())
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise V2FlowError(
             f"option codec.path: {config.path!r} is not a loadable {kind.__name__} ({reason}); "
             f"give a folder made by save_pretrained or a hub id that this machine can reach{why_local(config.path)}"

@@ -6,3 +6,8 @@ class V2FlowError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line; its type where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from v2flow.config import TokenizerConfig, from_dict, to_dict
 from v2flow.decode_modes import read_presets, shipped_presets
 from v2flow.downloads import no_downloads
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.llm import LLMVocabulary, load_vocabulary
 from v2flow.model_card import tokenizer_card
 
@@ -93,7 +93,7 @@ def local_folder(name: str | Path, **download: Any) -> Path:
     try:
         return Path(snapshot_download(str(name), **download))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise V2FlowError(
             f"{name}: neither an exported folder nor a hub repository that can be reached ({reason})"
         ) from error
@@ -135,7 +135,7 @@ def makes_a(name: str, where: str) -> Iterator[None]:
     except (
         TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError,
     ) as error:  # fmt: skip
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise V2FlowError(
             f"{where}: its configuration makes no {name} ({reason}); is it damaged or foreign?"
         ) from error

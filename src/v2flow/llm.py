@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from v2flow.config import VocabularyConfig
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import atomic_path, cache_dir
 
 _WORD = re.compile(r"^[▁Ġ][A-Za-z]{3,}$")
@@ -160,7 +160,7 @@ def _readable(path: Path) -> Iterator[None]:
         AttributeError,
         RuntimeError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise V2FlowError(
             f"{path}: not a readable vocabulary ({reason}); is it cut short or of another format?"
         ) from error

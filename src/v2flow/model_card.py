@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 if TYPE_CHECKING:
     from v2flow.tokenizer import V2FlowTokenizer
@@ -94,7 +94,7 @@ def _section(path: Path, write: Callable[[str], str]) -> str:
     try:
         return write(path.read_text())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise V2FlowError(
             f"{path}: expected the file that `v2flow fit` wrote, found another ({reason}); move it away to export "
             "without what it says"

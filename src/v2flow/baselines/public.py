@@ -7,7 +7,7 @@ import torch
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.tokenizer import check_ids, check_images, inference
 
 
@@ -64,7 +64,7 @@ def diffusers_vq(path: str, image_size: int = 256) -> DiffusersVQ:
         model: Any = VQModel.from_pretrained(where, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise V2FlowError(
-            f"{path}: no diffusers VQModel could be loaded ({str(error).splitlines()[0]}); expected a folder or a hub "
+            f"{path}: no diffusers VQModel could be loaded ({first_line(error)}); expected a folder or a hub "
             "id such as amused/amused-256/vqvae"
         ) from error
     return DiffusersVQ(model.eval(), image_size)

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import name_pictures_folder
 
 
@@ -114,7 +114,7 @@ def read_suite(path: Path) -> Suite:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise V2FlowError(f"{path}: not a YAML file: {error}") from error
     except OmegaConfBaseException as error:
-        raise V2FlowError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise V2FlowError(f"{path}: {first_line(error)}") from error
     suite = _build(Suite, values, str(path))
     suite.file = str(path)
     suite.evaluate = _build(Evaluation, suite.evaluate, f"{path}: evaluate")

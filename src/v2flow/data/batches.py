@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from v2flow.data.decode import BadSampleError, decode_caption, decode_image, square_crop
 from v2flow.data.manifest import FIELDS
 from v2flow.data.order import LengthBucketedOrder, ShuffledOrder, keyed_uniform
-from v2flow.data.shards import ShardSet
+from v2flow.data.shards import ShardSet, TooLargeError
 from v2flow.errors import V2FlowError
 
 CACHE_BYTES = 256 << 20
@@ -79,9 +79,10 @@ class Reader(ABC):
         Raises:
             BadSampleError: it is too large.
         """
-        if reason := self.shards.too_large(sample, field):
-            raise BadSampleError(reason)
-        return self.shards.read(sample, field)
+        try:
+            return self.shards.read(sample, field)
+        except TooLargeError as error:
+            raise BadSampleError(error.reason) from error
 
     def mirrored(self, content: np.ndarray) -> np.ndarray:
         """The content of a picture's mirror image, if there are pictures."""

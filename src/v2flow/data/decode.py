@@ -9,6 +9,8 @@ import numpy as np
 import PIL.WebPImagePlugin  # noqa: F401  (to look for a format that it lacks, Pillow would import them all)
 from PIL import Image, ImageOps
 
+from v2flow.errors import first_line
+
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a few kilobytes can unfold to gigabytes."""
 MAX_CAPTION = 1 << 20
@@ -48,7 +50,7 @@ def decode_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image
         image.load()
         return to_rgb(image)
     except _FAILURES as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if "cannot identify image file" in reason:
             names = "JPEG, PNG or WebP" if formats == FORMATS else "/".join(formats)
             reason = f"not a {names} picture"
@@ -123,5 +125,5 @@ def decode_caption(txt: bytes | None, json_text: bytes | None) -> str | None:
         if isinstance(caption, str):
             caption.encode()  # half of a surrogate pair, which JSON can hold, is no text
     except (ValueError, AttributeError, RecursionError) as error:
-        raise BadSampleError(f"caption: {str(error).splitlines()[0]}") from error
+        raise BadSampleError(f"caption: {first_line(error)}") from error
     return caption.strip() if isinstance(caption, str) else None

@@ -18,7 +18,7 @@ from PIL import Image
 
 from v2flow.data.decode import FILE_FORMATS, BadSampleError, decode_image, square_crop
 from v2flow.data.writer import Sample, finished_build, write_shards
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 BLANK_STD = 4.0
 """A patch whose 8-bit values have a smaller standard deviation than this in every channel is left out as blank."""
@@ -277,9 +277,7 @@ def _read_dicom(path: Path) -> Image.Image:
     try:
         pixels = pixel_array(dataset, index=0)
     except RuntimeError as error:  # JPEG 2000 is decoded by Pillow, whose wheels all have it
-        raise V2FlowError(
-            f"{path}: cannot be decoded by this Pillow: {str(error).splitlines()[0]}"
-        ) from error
+        raise V2FlowError(f"{path}: cannot be decoded by this Pillow: {first_line(error)}") from error
     if dataset.Modality == "CT":
         return _grey_to_rgb(window(apply_rescale(pixels, dataset), *CT_WINDOW))
     return Image.fromarray(pixels)

@@ -10,7 +10,7 @@ from typing import Any
 
 from webdataset.gopen import gopen_schemes
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
@@ -110,7 +110,7 @@ class HttpStream(io.RawIOBase):
                 raise
             except (ValueError, http.client.InvalidURL) as error:
                 raise V2FlowError(
-                    f"{self.url}: no URL that can be asked for ({_first_line(error)}); write letters beyond ASCII "
+                    f"{self.url}: no URL that can be asked for ({first_line(error)}); write letters beyond ASCII "
                     "and spaces as %XX"
                 ) from error
             except (OSError, http.client.HTTPException) as error:
@@ -258,8 +258,4 @@ def _reason(error: BaseException, stall: float) -> str:
     inner = getattr(error, "reason", error)
     if isinstance(inner, TimeoutError) or "timed out" in str(inner):
         return f"no byte for {stall:g} s"
-    return _first_line(inner)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(inner)

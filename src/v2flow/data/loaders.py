@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from v2flow.data.batches import Batch, EvaluationBatches, Request, TrainBatches, too_many
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -100,10 +100,10 @@ class _Workers:
                 deaths += 1
                 if deaths > MAX_DEATHS:
                     raise V2FlowError(
-                        f"data workers: {deaths} were killed without a batch in between ({_line(error)}), maybe for "
-                        "lack of memory; lower data.num_workers or data.batch_size and resume with --ckpt_path last"
+                        f"data workers: {deaths} were killed without a batch in between ({first_line(error)}), maybe "
+                        "for lack of memory; lower data.num_workers or data.batch_size and resume with --ckpt_path last"
                     ) from error
-                _log.warning("a data worker was killed (%s): its batches are made again", _line(error))
+                _log.warning("a data worker was killed (%s): its batches are made again", first_line(error))
             self._loader = self._new_loader()
 
 
@@ -123,10 +123,6 @@ def _leave_dead_workers_to_us() -> None:
         return
     if str(getattr(signal.getsignal(signal.SIGCHLD), "__module__", "")).startswith("torch."):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _as_dict(batch: Batch) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import atomic_path, cache_dir
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def index_tar(path: str | Path, name: str | None = None) -> ShardIndex:
         raise
     except TAR_ERRORS as error:
         raise V2FlowError(
-            f"{name}: cut short, or not an uncompressed tar file ({_first_line(error)}); copy or build it again"
+            f"{name}: cut short, or not an uncompressed tar file ({first_line(error)}); copy or build it again"
         ) from error
 
 
@@ -202,10 +202,6 @@ def _check_end(file: BinaryIO, end: int, size: int, samples: int, name: str) -> 
         raise V2FlowError(f"{name}: an empty tar; expected at least one sample KEY.jpg, KEY.png or KEY.webp")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def write_manifest(folder: Path, indexes: Mapping[str, ShardIndex], build: Mapping[str, Any]) -> None:
     """Writes `manifest.json` into the folder of the shards, atomically: with it the shards are complete.
 
@@ -243,7 +239,7 @@ def read_manifest(text: str, name: str) -> tuple[dict[str, Any], dict[str, Shard
         ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError,
     ) as error:  # fmt: skip
         raise V2FlowError(
-            f"{name}: not a manifest of v2flow's ({_first_line(error)}); remove it or build the shards again"
+            f"{name}: not a manifest of v2flow's ({first_line(error)}); remove it or build the shards again"
         ) from error
 
 

@@ -31,7 +31,7 @@ from v2flow.data.manifest import (
     check_against_manifest,
     read_manifest,
 )
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import cache_dir
 
 Shards = str | Sequence[str]
@@ -133,6 +133,22 @@ class Shard:
         return fetch_shard(self.name, self.version, self.index.size) if self.remote else Path(self.name)
 
 
+class TooLargeError(V2FlowError):
+    """A member that is not read.
+
+    Attributes:
+        where: shard and key.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)  # so that it can be sent from one process to another
+        self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}; take it out of the shard"
+
+
 class ShardSet:
     """Samples of several shards, numbered through; open with :func:`open_shards`."""
 
@@ -167,25 +183,19 @@ class ShardSet:
         shard, row = self.locate(sample)
         return f"{self.shards[shard].name}, sample {self.shards[shard].index.key(row)!r}"
 
-    def too_large(self, sample: int, field: int) -> str:
-        """What is wrong with a member of more than `MAX_BYTES`; empty if nothing is."""
-        shard, row = self.locate(sample)
-        size, most = int(self.shards[shard].index.members[row, field, 1]), MAX_BYTES[FIELDS[field]]
-        return f"{FIELDS[field]}: {size:,} bytes, more than {most:,}" if size > most else ""
-
     def read(self, sample: int, field: int) -> bytes | None:
         """A member's bytes, or None if the sample has none. `field` counts in FIELDS.
 
         Raises:
-            V2FlowError: the shard was removed, changed or made shorter since it was opened, or cannot be read; or the
-                member is too large.
+            TooLargeError: the member has more than `MAX_BYTES`.
+            V2FlowError: the shard was removed, changed or made shorter since it was opened, or cannot be read.
         """
         shard, row = self.locate(sample)
         offset, size = self.shards[shard].index.members[row, field].tolist()
         if offset < 0:
             return None
-        if reason := self.too_large(sample, field):
-            raise V2FlowError(f"{self.where(sample)}: {reason}; take it out of the shard")
+        if size > (most := MAX_BYTES[FIELDS[field]]):
+            raise TooLargeError(self.where(sample), f"{FIELDS[field]}: {size:,} bytes, more than {most:,}")
         file = self._open(shard)
         try:
             data = os.pread(file, size, offset)
@@ -414,7 +424,7 @@ def _run_pipe(name: str, version: str, partial: Path, size: int | None) -> None:
     except V2FlowError:
         raise
     except OSError as error:
-        raise V2FlowError(f"{name}: the command failed ({str(error).splitlines()[0]})") from error
+        raise V2FlowError(f"{name}: the command failed ({first_line(error)})") from error
 
 
 def _copy(stream: Any, file: BinaryIO, name: str, size: int | None) -> None:

@@ -220,34 +220,31 @@ def _check(shard: Shard, start: int) -> _Found:
     """Decodes the samples start … start + _CHUNK - 1 of a shard."""
     found, shards = _Found(), ShardSet([shard])
     for sample in range(start, min(start + _CHUNK, len(shards))):
-        try:
-            data = shards.read(sample, _IMAGE)
-            if data is None:
-                raise BadSampleError(
-                    "no member jpg, jpeg, png or webp (does its file name have a second dot?)"
-                )
-            picture = decode_image(data)
-            found.sizes.append(picture.size)
-            found.formats[_format(data)] += 1
-        except BadSampleError as error:
-            found.bad.append(f"{shards.where(sample)}: {error}")
-        except V2FlowError as error:
-            found.bad.append(str(error))
-        _check_texts(shards, sample, found)
+        for check in (_check_picture, _check_texts):
+            try:
+                check(shards, sample, found)
+            except BadSampleError as error:
+                found.bad.append(f"{shards.where(sample)}: {error}")
+            except V2FlowError as error:
+                found.bad.append(str(error))
     return found
 
 
+def _check_picture(shards: ShardSet, sample: int, found: _Found) -> None:
+    data = shards.read(sample, _IMAGE)
+    if data is None:
+        raise BadSampleError("no member jpg, jpeg, png or webp (does its file name have a second dot?)")
+    picture = decode_image(data)
+    found.sizes.append(picture.size)
+    found.formats[_format(data)] += 1
+
+
 def _check_texts(shards: ShardSet, sample: int, found: _Found) -> None:
-    try:
-        label = shards.read(sample, _CLS)
-        if label is not None and not label.strip().lstrip(b"-").isdigit():
-            raise BadSampleError(f"cls: expected a class number, found {label[:20]!r}")
-        if not decode_caption(shards.read(sample, _TXT), shards.read(sample, _JSON)):
-            found.uncaptioned.append(shards.key(sample))
-    except BadSampleError as error:
-        found.bad.append(f"{shards.where(sample)}: {error}")
-    except V2FlowError as error:
-        found.bad.append(str(error))
+    label = shards.read(sample, _CLS)
+    if label is not None and not label.strip().lstrip(b"-").isdigit():
+        raise BadSampleError(f"cls: expected a class number, found {label[:20]!r}")
+    if not decode_caption(shards.read(sample, _TXT), shards.read(sample, _JSON)):
+        found.uncaptioned.append(shards.key(sample))
 
 
 def _format(data: bytes) -> str:

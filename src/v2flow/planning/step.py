@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.planning.ledger import Ledger
 from v2flow.planning.memory import bytes_of
 from v2flow.planning.training import Training
@@ -55,7 +55,7 @@ def step_costs(training: Training, batch_size: int, bf16: bool, draws: int = 1) 
             found = [_step(training, stage, batch_size, bf16, draw) for draw in range(draws)]
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise V2FlowError(
-                f"stage {stage}: expected a step whose shapes need no data, found {str(error).splitlines()[0]}; this "
+                f"stage {stage}: expected a step whose shapes need no data, found {first_line(error)}; this "
                 "model cannot be planned"
             ) from error
         costs[stage] = StepCost(

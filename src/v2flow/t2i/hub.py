@@ -15,7 +15,7 @@ from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.hub import local_folder, makes_a, read_document
 from v2flow.t2i.compatibility import write_old_places
 from v2flow.t2i.extension import EOI, find_visual_tokens
@@ -101,7 +101,7 @@ def _load_folder(cls: Any, folder: Path) -> Any:
             folder, dtype="auto", trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise V2FlowError(
             f"{folder}: expected a causal language model with its tokenizer, found none that can be read ({reason}); "
             "export it again"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from v2flow.downloads import downloads_refused, why_local
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.llm import gemma_file, gemma_version
 from v2flow.paths import cache_dir
 from v2flow.t2i.small_llm import PREFIX, small_llm, train_caption_llm_tokenizer
@@ -117,7 +117,7 @@ def _load_folder(
     except V2FlowError:
         raise
     except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _UnreadableError(
             f"option llm: {source!r}: expected gemma3-270m, {PREFIX}SIZE, or the folder or hub id of a causal language "
             f"model with its tokenizer, found none that can be read ({reason}){why_local(source)}"

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 PREFIX = "gpt2-style:"
 SIZES = {"tiny": (2, 64, 2), "small": (4, 256, 4), "medium": (6, 384, 6), "base": (8, 512, 8)}
@@ -77,7 +77,7 @@ def caption_llm_tokenizer(text: str) -> PreTrainedTokenizerFast:
     try:
         backend = Tokenizer.from_str(text)
     except Exception as error:  # the library raises no other
-        raise V2FlowError(f"llm_tokenizer: not a tokenizer ({str(error).splitlines()[0]})") from error
+        raise V2FlowError(f"llm_tokenizer: not a tokenizer ({first_line(error)})") from error
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD,
         model_max_length=POSITIONS,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from v2flow.config import from_dict
 from v2flow.decode_modes import read_modes
 from v2flow.downloads import no_downloads
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 from v2flow.hub import (
     WEIGHTS,
     check_codec,
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file of somebody else's may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise V2FlowError(
             f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?"
         ) from error

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint import metadata as parts
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 METADATA, REST = ".metadata", "meta.pt"
 _LARGEST = 1 << 24
@@ -51,7 +51,7 @@ def check_sharded_checkpoint(folder: Path) -> None:
     try:
         _check_pickles(folder)
     except Exception as error:  # a pickle may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise V2FlowError(
             f"{folder}: not a readable sharded checkpoint ({reason}); is it damaged or foreign?"
         ) from error

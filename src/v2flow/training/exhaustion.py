@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from v2flow.data.disk import disk_reason
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, first_line
 
 _ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "CUDA out of memory")
 _THREADS = ("can't start new thread", "Resource temporarily unavailable", "Cannot allocate memory")
@@ -43,7 +43,7 @@ def clear_exhaustion() -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
             raise V2FlowError(
-                f"training: out of memory ({_line(error)}); lower data.batch_size and raise "
+                f"training: out of memory ({first_line(error)[:200]}); lower data.batch_size and raise "
                 "trainer.accumulate_grad_batches by as much, or lower data.num_workers, and go on with "
                 "--ckpt_path last"
             ) from error
@@ -51,12 +51,12 @@ def clear_exhaustion() -> Iterator[None]:
         if reason is not None:
             _raise_what_was_told_before(error)
             raise V2FlowError(
-                f"training: {reason} ({_line(error)}); make room and go on with --ckpt_path last"
+                f"training: {reason} ({first_line(error)[:200]}); make room and go on with --ckpt_path last"
             ) from error
         if is_lost_rank(error):
             raise V2FlowError(
-                f"training: the connection to another rank broke ({_line(error)}); see that rank's output, and go on "
-                "with --ckpt_path last"
+                f"training: the connection to another rank broke ({first_line(error)[:200]}); see that rank's "
+                "output, and go on with --ckpt_path last"
             ) from error
         raise
 
@@ -68,7 +68,3 @@ def _raise_what_was_told_before(error: BaseException) -> None:
         if isinstance(context, V2FlowError):
             raise context
         context = context.__context__
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

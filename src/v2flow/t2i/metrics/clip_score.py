@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
+from v2flow.errors import first_line
 from v2flow.t2i.metrics.rows import GENERATED, SHUFFLED, WORDS
 
 CLIP = "openai/clip-vit-base-patch16"
@@ -49,7 +50,7 @@ def clip_rows(
     try:
         metric = _metric(folder, device)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return f"{folder}: CLIP cannot be read ({reason}): download it again with `hf download {CLIP}`"
     shuffled = [captions[i] for i in order.tolist()]
     pairs = {name: (pictures, list(captions)) for name, pictures in rows.items() if name != WORDS}
