@@ -122,4 +122,4 @@ def test_reference_is_the_papers_size(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(parameter.is_meta for parameter in model.llm.parameters())
     body = sum(p.numel() for p in model.llm.parameters() if p.requires_grad)
     assert body == 6_476_271_616, "LLaMA-2-7B's 6,738,415,616 without table and head"
-    assert options["trainer"]["strategy"]["class_path"].endswith("ModelParallelStrategy")
+    assert options["trainer"]["strategy"] == "fsdp2"

@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU processes does what one process does, and leaves a checkpoint that one process reads."""
+"""FSDP2 on two CPU processes does what one process does, goes on exactly from a sharded checkpoint, and falls back."""
 
 import os
 import subprocess
@@ -9,35 +9,149 @@ import pytest
 import torch
 from t2i_training_toys import Toys
 
+from v2flow.cli import main
+from v2flow.errors import V2FlowError
 from v2flow.t2i.checkpoint import load_text_to_image
 from v2flow.t2i.config import TextToImageConfig
+from v2flow.training.checkpoint_files import damage, previous_of, usable_checkpoint
+from v2flow.training.checkpoint_folders import SEAL, folder_damage, remove, seal_folder, sums_of
+from v2flow.training.optimizer import parameter_groups
 from v2flow.training.t2i_module import TextToImageModule
+
+# No draws, which differ between ranks: captions stay, and all positions are under the visual columns.
+CONFIG = {"caption_dropout": 0.0, "full_share": 0.0}
+TWO = ("--trainer.devices=2", "--data.batch_size=2", "--trainer.strategy=fsdp2")
+FOLDERS = (
+    "--trainer.devices=2", "--data.batch_size=2",
+    "--trainer.strategy=v2flow.training.fsdp2.FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint=true",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+def fit(file: str, *options: str) -> str:
+    """Trains in processes of their own; what they said."""
+    command = [sys.executable, "-m", "v2flow", "fit", "--config", file, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def last(folder: Path, version: int) -> Path:
+    return folder / "run" / f"version_{version}" / "checkpoints" / "last.ckpt"
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a sharded checkpoint, optimiser's too, put together."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    kinds = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in kinds.items()
+        if isinstance(kind, TensorStorageMetadata)
+    }
+    load(state, checkpoint_id=path, no_dist=True)
+    return state
 
 
 @pytest.mark.slow
-def test_two_shards_learn_what_one_process_learns(tmp_path: Path) -> None:
-    toys = Toys(tmp_path / "toys")
-    # No draws, which differ between ranks: captions stay, and all positions are under the visual columns.
-    file = toys.write(tmp_path, caption_dropout=0.0, full_share=0.0)
-    two = (
-        "--trainer.devices=2", "--data.batch_size=2",
-        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
-        "--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1",
-        "--trainer.strategy.save_distributed_checkpoint=false",
-    )  # fmt: skip
-    module = TextToImageModule(TextToImageConfig(**toys.config(caption_dropout=0.0, full_share=0.0)))
+def test_two_shards_learn_what_one_process_learns(toys: Toys, tmp_path: Path) -> None:
+    file = toys.write(tmp_path, **CONFIG)
+    module = TextToImageModule(TextToImageConfig(**toys.config(**CONFIG)))
     torch.save(module.state_dict(), tmp_path / "start.ckpt")
-    for options in ((), two):
-        command = [sys.executable, "-m", "v2flow", "fit", "--config", file, *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-    paths = [tmp_path / "run" / f"version_{i}" / "checkpoints" / "last.ckpt" for i in range(2)]
-    one, other = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    fit(file)
+    fit(file, *TWO)
+    one, other = (torch.load(last(tmp_path, i), weights_only=True)["state_dict"] for i in range(2))
     assert set(one) == set(other)
     start = torch.load(tmp_path / "start.ckpt", weights_only=True)
     assert start.keys() == one.keys()
     for name in start:
         assert not torch.equal(one[name], start[name])
         assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5), name
-    assert load_text_to_image(paths[1]).num_tokens == 4
+    assert load_text_to_image(last(tmp_path, 1)).num_tokens == 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_a_sharded_checkpoint_is_resumed_exactly_and_falls_back(toys: Toys, tmp_path: Path) -> None:
+    """The last checkpoint, of step 4, is damaged: the training goes on from the one before, and ends in the same."""
+    file = toys.write(tmp_path)
+    fit(file, *FOLDERS)
+    first = last(tmp_path, 0)
+    assert {path.name for path in first.iterdir()} >= {SEAL, ".metadata", "meta.pt"}
+    assert not list(first.parent.glob(".*.part"))
+    expected = weights(first)
+    learnt = load_text_to_image(first)
+    assert torch.equal(learnt.rows.input, expected["state_dict.model.rows.input"])
+    assert main(["export", str(first), str(tmp_path / "exported")]) == 0
+    shard = next(first.glob("__1_*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    said = fit(file, *FOLDERS, "--ckpt_path=last")
+    assert f"the checksum of its {shard.name} is wrong; taking the one before it" in said
+    resumed = last(tmp_path, 1)
+    assert torch.load(resumed / "meta.pt", weights_only=True)["global_step"] == 4
+    found = weights(resumed)
+    assert found.keys() == expected.keys() and any(name.startswith("optimizer_0") for name in found)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def sealed(path: Path, content: bytes) -> Path:
+    part = path.with_name(".part")
+    part.mkdir()
+    for name in (".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"):
+        (part / name).write_bytes(content)
+    seal_folder(part, path, sums_of(part, 0) | sums_of(part, 1))
+    return path
+
+
+def test_a_folder_keeps_the_one_before(tmp_path: Path) -> None:
+    path = sealed(tmp_path / "last.ckpt", b"one")
+    assert damage(path) is None and not previous_of(path).exists()
+    sealed(path, b"two")
+    assert (path / "meta.pt").read_bytes() == b"two" and (
+        previous_of(path) / "meta.pt"
+    ).read_bytes() == b"one"
+    # Killed between two renames: only the previous one is there.
+    aside = path.rename(tmp_path / "aside")
+    assert usable_checkpoint(path) == previous_of(path)
+    aside.rename(path)
+    (path / "__1_0.distcp").write_bytes(b"tw")
+    assert damage(path) == "its __1_0.distcp is cut short" and usable_checkpoint(path) == previous_of(path)
+    sealed(path, b"new")
+    assert (previous_of(path) / "meta.pt").read_bytes() == b"one", "a damaged one replaces none"
+    (path / "__1_0.distcp").write_bytes(b"odd")
+    assert damage(path) is None, "left to the ranks"
+    assert [folder_damage(path, rank=rank, ranks=2) is None for rank in range(2)].count(False) == 1
+    (path / "meta.pt").write_bytes(b"odd")
+    assert damage(path) == "the checksum of its meta.pt is wrong"
+    remove(previous_of(path))
+    with pytest.raises(V2FlowError, match="is it cut short or foreign"):
+        usable_checkpoint(path)
+
+
+def test_what_cannot_be_sharded(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = toys.write(tmp_path)
+    averaged = ["--trainer.callbacks+=v2flow.training.ema.EMACallback"]
+    assert main(["fit", "--config", file, "--trainer.strategy=fsdp2", *averaged]) == 2
+    assert "cannot average weights that are sharded" in capsys.readouterr().err
+
+
+def test_no_group_of_parameters_is_empty(toys: Toys) -> None:
+    """A sharded checkpoint with an empty one cannot be read; GPT-2's matrices decay as other LLMs' do."""
+    module = TextToImageModule(TextToImageConfig(**toys.config()))
+    decayed, plain = parameter_groups(module, 0.1)
+    assert all(parameter.ndim == 2 for parameter in decayed["params"]) and len(decayed["params"]) >= 4
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    module.requires_grad_(False)
+    module.model.rows.requires_grad_(True)
+    (only,) = parameter_groups(module, 0.1)
+    assert only["weight_decay"] == 0.0

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
+import v2flow.training.fsdp2  # noqa: F401 registers --trainer.strategy=fsdp2
 from v2flow.cli_exit_status import signals_in_trainer
 from v2flow.cli_experiment import data_module_class
 from v2flow.cli_quiet import quiet, silence_lightning
@@ -24,7 +25,7 @@ from v2flow.cli_training_help import TrainingHelp
 from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import name_pictures_folder
 from v2flow.training.checkpoint import read_checkpoint
-from v2flow.training.checkpoint_files import newest_checkpoint, usable_checkpoint
+from v2flow.training.checkpoint_files import newest_checkpoint, previous_of, usable_checkpoint
 from v2flow.training.checkpoint_folders import REST, check_sharded_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
 from v2flow.training.data_module import ShardDataModule
@@ -204,12 +205,13 @@ def _checked(path: str) -> str:
 
     Some strategies read it themselves, and not through `CheckedCheckpointIO`.
     """
-    if Path(path).is_dir():
-        check_sharded_checkpoint(Path(path))
-        read_checkpoint(Path(path, REST))
-        return path
-    read_checkpoint(path)
-    return str(usable_checkpoint(path))
+    if Path(path).is_dir() and not previous_of(path).exists():
+        check_sharded_checkpoint(Path(path))  # which knows best what to say of another folder
+    found = usable_checkpoint(path)
+    if found.is_dir():
+        check_sharded_checkpoint(found)
+    read_checkpoint(found / REST if found.is_dir() else found)
+    return str(found)
 
 
 def _as_list(value: Any) -> list[Any]:

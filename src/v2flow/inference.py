@@ -25,6 +25,7 @@ from v2flow.metrics.files import write_atomically
 from v2flow.metrics.reconstruction import psnr_per_image
 from v2flow.model_card import add_training
 from v2flow.training.checkpoint import load_model, read_checkpoint
+from v2flow.training.checkpoint_files import is_sharded
 from v2flow.training.module import seeded_generator
 
 
@@ -168,7 +169,7 @@ def load_text_to_image_model(checkpoint: str) -> Any:
     """
     from v2flow import V2FlowForTextToImage  # first: it says what is missing without the extra
 
-    if not Path(checkpoint).is_file():
+    if not Path(checkpoint).is_file() and not is_sharded(checkpoint):
         return V2FlowForTextToImage.from_pretrained(checkpoint)
     from v2flow.t2i.checkpoint import load_text_to_image
 
@@ -178,7 +179,7 @@ def load_text_to_image_model(checkpoint: str) -> Any:
 def is_text_to_image(checkpoint: str) -> bool:
     """Whether a .ckpt file or a folder holds a text-to-image model."""
     path = Path(checkpoint)
-    if not path.is_file():
+    if not path.is_file() and not is_sharded(path):
         return (path / "v2flow.json").is_file()
     return bool(read_checkpoint(path, mmap=True)["v2flow"].get("model") == "V2FlowForTextToImage")
 

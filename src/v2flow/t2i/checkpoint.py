@@ -33,16 +33,18 @@ def read_text_to_image(path: str | Path) -> tuple[dict[str, Any], dict[str, Tens
 
 
 def load_text_to_image(path: str | Path, tokenizer: str | None = None) -> V2FlowForTextToImage:
-    """The model of a .ckpt file of `v2flow fit`, in evaluation mode on the CPU.
+    """The model of a checkpoint of `v2flow fit`, in evaluation mode on the CPU.
 
     Args:
-        path: the checkpoint, or a folder made by `v2flow export`.
+        path: a .ckpt file or a sharded checkpoint, or a folder made by `v2flow export`.
         tokenizer: where the V2Flow tokenizer lies now, if not where it lay in training.
 
     Raises:
         V2FlowError: not such a checkpoint, or its tokenizer or LLM is missing or has changed.
     """
-    if Path(path).is_dir():
+    from v2flow.training.checkpoint_files import is_sharded
+
+    if Path(path).is_dir() and not is_sharded(path):
         model: V2FlowForTextToImage = V2FlowForTextToImage.from_pretrained(path)
         return model
     info, weights = read_text_to_image(path)

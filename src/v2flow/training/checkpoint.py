@@ -1,6 +1,7 @@
 """Loading a trained model from a Lightning checkpoint or an exported folder."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,7 @@ from v2flow.hub import (
     read_weights,
 )
 from v2flow.llm import load_vocabulary
-from v2flow.training.checkpoint_files import usable_checkpoint
+from v2flow.training.checkpoint_files import damage, usable_checkpoint
 from v2flow.training.own_tokenizer import is_own, load_own
 
 if TYPE_CHECKING:
@@ -42,9 +43,16 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         V2FlowError: missing, damaged, holding other objects than tensors and plain types, or somebody else's.
     """
-    path = usable_checkpoint(path, quick=mmap)
+    path = usable_checkpoint(path, partial(damage, quick=mmap))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if path.is_dir():
+            from v2flow.training.checkpoint_folders import read_sharded
+
+            checkpoint = read_sharded(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except V2FlowError:
+        raise
     except Exception as error:  # a file of somebody else's may raise anything
         reason = first_line(error)
         raise V2FlowError(

@@ -10,7 +10,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,9 @@ from v2flow.data.disk import disk_reason
 from v2flow.errors import V2FlowError
 
 _log = logging.getLogger(__name__)
+
+METADATA = ".metadata"
+"""The file by which PyTorch knows a sharded checkpoint's folder."""
 
 _MARK = b"v2flow-sha256:"
 _COMMENT = len(_MARK) + 64
@@ -38,6 +41,11 @@ def previous_of(path: str | Path) -> Path:
     """Where the checkpoint that `path` held before is kept: `last.ckpt` -> `last.previous.ckpt`."""
     path = Path(path)
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether this is a sharded checkpoint's folder."""
+    return Path(path, METADATA).is_file()
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -75,28 +83,28 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         if path.is_file() and damage(path) is None:
             _keep_previous(path)
         os.replace(part, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         with suppress(OSError):  # on a read-only disk: there is none
             part.unlink(missing_ok=True)
 
 
-def usable_checkpoint(path: str | Path, quick: bool = False) -> Path:
+def usable_checkpoint(path: str | Path, find_damage: Callable[[Path], str | None] | None = None) -> Path:
     """`path` if it is whole, else the checkpoint before it, with one warning line.
 
     Args:
-        quick: only look whether the file has its end: for a look at what a checkpoint says of itself.
+        find_damage: says what is wrong with a checkpoint, None for nothing; `damage` by default.
 
     Raises:
-        V2FlowError: there is no such file, or it is damaged, and none from before it is whole.
+        V2FlowError: there is no such checkpoint, or it is damaged, and none from before it is whole.
     """
-    path = Path(path)
-    reason = damage(path, quick)
+    path, find_damage = Path(path), find_damage or damage
+    reason = find_damage(path)
     if reason is None:
         return path
     reasons = []
     for previous in _before(path):
-        reason_too = damage(previous, quick)
+        reason_too = find_damage(previous)
         if reason_too is None:
             if str(path) not in _warned:
                 _warned.add(str(path))
@@ -107,16 +115,16 @@ def usable_checkpoint(path: str | Path, quick: bool = False) -> Path:
         raise V2FlowError(
             f"{path}: not a readable checkpoint ({reason}), nor is {', nor '.join(reasons)}; name another one"
         )
-    if not path.is_file():
+    if not path.exists():
         raise V2FlowError(f"{path}: no such checkpoint; expected a .ckpt file or an exported folder")
     raise V2FlowError(f"{path}: not a readable checkpoint ({reason}); is it cut short or foreign?")
 
 
 def _before(path: Path) -> list[Path]:
-    """Files from before `path`, the newest first: the one that it replaced, and SLURM's with lower numbers."""
+    """Checkpoints from before `path`, newest first: the one that it replaced, and SLURM's with lower numbers."""
     numbers = {found: _slurm_number(found) for found in path.parent.glob("hpc_ckpt_*.ckpt")}
     earlier = [found for found, number in numbers.items() if 0 <= number < _slurm_number(path)]
-    replaced = [previous_of(path)] if previous_of(path).is_file() else []
+    replaced = [previous_of(path)] if previous_of(path).exists() else []
     return replaced + sorted(earlier, key=lambda found: -numbers[found])
 
 
@@ -143,7 +151,17 @@ def _run_number(path: Path) -> int:
 
 
 def damage(path: Path, quick: bool = False) -> str | None:
-    """What is wrong with a checkpoint file; None if nothing is known to be. Files without checksum need only an end."""
+    """What is wrong with a checkpoint; None if nothing is known to be. Files without checksum need only an end.
+
+    Of a sharded one, a folder, the shards' checksums are left to the strategy, whose ranks compute them together.
+
+    Args:
+        quick: only look whether the file has its end: for a look at what a checkpoint says of itself.
+    """
+    if path.is_dir():
+        from v2flow.training.checkpoint_folders import folder_damage
+
+        return folder_damage(path, quick=True)
     if not path.is_file():
         return "no such file"
     identity = _identity(path)
@@ -226,7 +244,7 @@ def _keep_previous(path: Path) -> None:
             os.replace(path, previous_of(path))
         else:
             os.replace(link, previous_of(path))
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -239,8 +257,8 @@ def _fresh(path: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put renamed names on the disk."""
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

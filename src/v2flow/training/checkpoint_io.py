@@ -7,6 +7,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from v2flow.errors import V2FlowError
 from v2flow.training.checkpoint_files import previous_of, usable_checkpoint, write_checkpoint
+from v2flow.training.checkpoint_folders import remove
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
@@ -32,7 +33,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         if Path(path).is_dir():
             raise V2FlowError(
                 f"{path}: expected a .ckpt file, found a folder; a sharded checkpoint is read by the strategy that "
-                "wrote it: --trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+                "wrote it: --trainer.strategy=fsdp2"
             )
         if not _is_remote(path):
             path = usable_checkpoint(path)
@@ -40,10 +41,10 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes the file and the one before it."""
+        """Removes the file or folder and the one before it."""
         super().remove_checkpoint(path)
         if not _is_remote(path):
-            previous_of(path).unlink(missing_ok=True)
+            remove(previous_of(path))
 
 
 def _is_remote(path: str | Path) -> bool:

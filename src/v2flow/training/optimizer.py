@@ -50,6 +50,7 @@ class OptimizerConfig:
         return warm * max(min(left, 1.0), 0.01 if self.decay_share else 1.0)
 
 
+_GPT2_LINEAR = "Conv1D"  # a linear layer of transformers, which is not imported for tokenizers
 Windows = dict[str, tuple[float, float]]
 
 
@@ -66,7 +67,7 @@ def parameter_groups(
     decayed = {
         f"{prefix}.{name}" if prefix else name
         for prefix, part in module.named_modules()
-        if isinstance(part, (nn.Linear, nn.Conv2d))
+        if isinstance(part, (nn.Linear, nn.Conv2d)) or type(part).__name__ == _GPT2_LINEAR
         for name, _ in part.named_parameters(recurse=False)
         if name == "weight"
     }
@@ -79,7 +80,8 @@ def parameter_groups(
         if parameter.requires_grad:
             prefix = next(p for p in windows if name.startswith(p))
             groups[prefix, name in decayed]["params"].append(parameter)
-    return list(groups.values())
+    # An empty group has no state, and a sharded checkpoint that has it cannot be read.
+    return [group for group in groups.values() if group["params"]]
 
 
 def configure_adamw(

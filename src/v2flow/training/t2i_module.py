@@ -15,6 +15,7 @@ from v2flow.t2i.build import build_text_to_image
 from v2flow.t2i.config import TextToImageConfig
 from v2flow.t2i.small_llm import PREFIX, backend_text
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
+from v2flow.training.checkpoint_files import is_sharded
 from v2flow.training.frozen import leave_out_frozen, trained_names
 from v2flow.training.module import SeededModule, seeded_generator
 from v2flow.training.optimizer import OptimizerConfig
@@ -180,7 +181,7 @@ class TextToImageModule(SeededModule):
         """
         from v2flow.t2i.checkpoint import read_text_to_image
 
-        if Path(path).is_dir():
+        if Path(path).is_dir() and not is_sharded(path):
             raise V2FlowError(f"option --init-from: {path}: expected a .ckpt file, found a folder")
         info, weights = read_text_to_image(path)
         if info["tokenizer_sha256"] != self.source.tokenizer_sha256:

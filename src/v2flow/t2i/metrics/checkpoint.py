@@ -18,6 +18,7 @@ from v2flow.t2i.metrics.rows import Drawing
 from v2flow.t2i.metrics.samples import read_samples
 from v2flow.t2i.metrics.training_set import open_training_set
 from v2flow.training.checkpoint import read_checkpoint
+from v2flow.training.checkpoint_files import is_sharded
 
 
 def evaluate_text_to_image_checkpoint(
@@ -89,7 +90,7 @@ def evaluate_text_to_image_checkpoint(
 
 def _before_training(path: str | Path, wanted: bool) -> tuple[int | None, Any, str | None]:
     """Step of a checkpoint, and the model that it was trained from or one line why there is none."""
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not is_sharded(path):
         note = "an exported folder does not hold the model before its training: evaluate the .ckpt file"
         return None, None, note if wanted else None
     checkpoint = read_checkpoint(path, mmap=True)
