@@ -16,6 +16,7 @@ from v2flow.metrics.distances import (
     FeatureSet,
     GaussianStatistics,
     frechet_distance,
+    kernel_difference,
     kernel_distance,
     polynomial_kernel,
 )
@@ -62,6 +63,24 @@ def test_standard_error_is_the_jackknife_left_out_one_by_one(paired: bool) -> No
         expected = variance([estimate(without(x, i), y) for i in range(9)])
         expected += variance([estimate(x, without(y, i)) for i in range(7)])
     assert kernel_distance(x, y, paired).standard_error == pytest.approx(math.sqrt(expected), rel=1e-6)
+
+
+def test_the_error_of_a_difference_leaves_a_picture_out_of_both() -> None:
+    sets = [features(9, 2), features(7, 3, shift=0.2), features(8, 4, shift=0.6)]
+
+    def estimate(x: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> float:
+        return kernel_distance(x, far, paired=False).value - kernel_distance(x, near, paired=False).value
+
+    expected = 0.0
+    for place, rows in enumerate(sets):
+        left = [torch.cat([rows[:i], rows[i + 1 :]]) for i in range(len(rows))]
+        values = [estimate(*sets[:place], one, *sets[place + 1 :]) for one in left]
+        expected += (len(values) - 1) * float(np.var(values))
+    value, error = kernel_difference(*sets)
+    assert value == pytest.approx(estimate(*sets), rel=1e-9)
+    assert error == pytest.approx(math.sqrt(expected), rel=1e-6)
+    apart = [kernel_distance(sets[0], y, paired=False).standard_error for y in sets[1:]]
+    assert error < math.hypot(*apart)
 
 
 def test_kid_is_unbiased() -> None:

@@ -123,6 +123,27 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool) -> KernelDistance:
     return KernelDistance(value, math.sqrt(variance), u_statistic.item())
 
 
+def kernel_difference(x: Tensor, near: Tensor, far: Tensor) -> tuple[float, float]:
+    """KID of x and `far` less KID of x and `near`, and its standard error.
+
+    Both distances are of the same pictures x, and much of what each does not know is the same for both: the jackknife
+    of their difference leaves a picture of x out of both at once. `near` and `far` are jackknifed separately.
+
+    Args:
+        x, near, far: features [m, d], [n, d] and [o, d], each independent of the others.
+    """
+    m, x_means, variance, value = len(x), [], 0.0, 0.0
+    for sign, y in ((-1, near), (1, far)):
+        sums, n = kernel_sums(x, y), len(y)
+        between = sums.xy_rows.sum()
+        within_y = sums.yy.sum()
+        left = (within_y - 2 * sums.yy) / ((n - 1) * (n - 2))
+        variance += _jackknife_variance(left - 2 * (between - sums.xy_columns) / (m * (n - 1)))
+        x_means.append(sign * (between - sums.xy_rows) / ((m - 1) * n))
+        value += sign * (within_y / (n * (n - 1)) - 2 * between / (m * n)).item()
+    return value, math.sqrt(variance + _jackknife_variance(-2 * (x_means[0] + x_means[1])))
+
+
 def _jackknife_variance(estimates: Tensor) -> float:
     return (len(estimates) - 1) * estimates.var(correction=0).item()
 

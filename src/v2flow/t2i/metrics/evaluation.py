@@ -190,5 +190,6 @@ def _protocol(
     if networks:
         protocol |= describe_networks(networks)
         protocol["kid_se"] = "delete-one jackknife of both sets; of pairs for reconstructions"
+        protocol["kid_above_generated"] = "difference on the same real pictures, which leave both at once"
         protocol["pair"] = "mean cosine of features with the real picture of the caption, less the real mean"
     return protocol

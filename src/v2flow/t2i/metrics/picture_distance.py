@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from v2flow.metrics.distances import kernel_difference
 from v2flow.metrics.extractors import FeatureNetwork
-from v2flow.metrics.features import kid_figures
+from v2flow.metrics.features import KID_MINIMUM, kid_figures
 from v2flow.metrics.floors import mean_and_nearest
 from v2flow.metrics.reconstruction import psnr_per_image
-from v2flow.t2i.metrics.rows import GENERATED, RECONSTRUCTED, SHUFFLED
+from v2flow.t2i.metrics.rows import GENERATED, MARGINAL, RECONSTRUCTED, SHUFFLED, UNTRAINED, WORDS
+
+CONTROLS = (WORDS, MARGINAL, UNTRAINED)
+"""Rows whose pictures do not know the captions."""
 
 
 def distance_rows(
@@ -23,7 +27,8 @@ def distance_rows(
     `pair-…` is the mean cosine between the features of a picture and of the real picture of its caption, both less
     the real pictures' mean feature: 1 for the same picture, near 0 for any other one. KID compares sets, so it is the
     same for `captions_shuffled` (generated pictures in another order, up to the standard error) as for `generated`;
-    `pair-…` tells the two apart. `real_vs_real` is one half of the real pictures against the other.
+    `pair-…` tells the two apart. `kid-…_above_generated`, with `_se`, says how much farther a row without the captions'
+    meaning is than `generated`. `real_vs_real` is one half of the real pictures against the other.
 
     Args:
         real: uint8 `[n, 3, H, W]`.
@@ -42,6 +47,9 @@ def distance_rows(
             row = figures.setdefault(name, {})
             row |= kid_figures(network.kid, truth, found, paired=name == RECONSTRUCTED)
             row |= pair_similarity(pair, truth, found)
+            if name in CONTROLS and GENERATED in features and len(truth) >= KID_MINIMUM:
+                above, error = kernel_difference(truth, features[GENERATED], found)
+                row |= {f"{network.kid}_above_generated": above, f"{network.kid}_above_generated_se": error}
         half = kid_figures(network.kid, truth[0::2], truth[1::2], paired=False)
         figures["real_vs_real"] = figures.get("real_vs_real", {}) | half
     return figures

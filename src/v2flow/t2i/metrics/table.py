@@ -10,6 +10,8 @@ _SHAPES = {name: (name, "{:.3f}") for name in (*TASKS, "overall")}
 _DISTANCES = {
     "kid-efficientnet-lite0": ("kid-effnet", "{:.4f}"),
     "kid-efficientnet-lite0_se": ("±se", "{:.4f}"),
+    "kid-efficientnet-lite0_above_generated": ("above gen", "{:.4f}"),
+    "kid-efficientnet-lite0_above_generated_se": ("±se", "{:.4f}"),
     "pair-efficientnet-lite0": ("pair-effnet", "{:.4f}"),
     "pair-efficientnet-lite0_se": ("±se", "{:.4f}"),
     "kid-inception": ("kid-incep", "{:.5f}"),
