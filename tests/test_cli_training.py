@@ -230,6 +230,7 @@ def test_typos_in_an_experiment_file(
     )
     assert "trainner" in message(lambda c: c.update(trainner={"max_steps": 3}))
     assert "batchsize" in message(lambda c: c["data"].update(batchsize=3))
+    assert "a value holds a NUL character" in message(lambda c: c.update(data="\0"))
     assert "model.optimizer.steps" in message(
         lambda c: c["trainer"].update(max_steps="${..model.optimizer.steps}")
     )

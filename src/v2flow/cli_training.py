@@ -245,6 +245,8 @@ def _clear_errors(command: str) -> Iterator[None]:
     except ValueError as error:
         if _raised_by_lightning(error):  # such as an accelerator that it does not know
             raise V2FlowError(f"experiment: {first_line(error)}") from error
+        if "embedded null" in str(error):  # jsonargparse has taken the value for a path
+            raise V2FlowError("experiment file: a value holds a NUL character; expected text") from error
         # jsonargparse wraps what an option's own check says in the story of every type that it tried.
         if isinstance(error, V2FlowError) or "Does not validate against" not in str(error):
             raise
