@@ -5,7 +5,8 @@
 
 All in this process and in turns: the rates of matrix products and of memory, and training steps of each stage on
 pictures of noise, after steps that are thrown away. The estimate of a step's time takes the plan's FLOPs and bytes at
-the rates of the same rounds; that of its peak memory takes nothing measured. Prints one JSON document as the last line.
+the rates of the same rounds; that of its peak memory takes nothing measured. Prints one JSON document as the last line;
+`--out` writes it to a file as well.
 """
 
 import argparse
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch
 
+from v2flow.benchmark.runs import current_commit, machine
 from v2flow.benchmark.subject import Subject, seconds_of
 from v2flow.cli_training import build_experiment
+from v2flow.metrics.files import write_json
 from v2flow.planning.estimate import step_seconds
 from v2flow.planning.experiment import read_experiment
 from v2flow.planning.hardware import this_cpu
@@ -74,6 +77,7 @@ def main() -> int:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: the experiment's")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the document here")
     options = parser.parse_args()
     start = time.perf_counter()
     rows = []
@@ -88,9 +92,12 @@ def main() -> int:
             )
     within = all(abs(row[name] - 1) <= TOLERANCE for row in rows for name in ("time_ratio", "memory_ratio"))
     document = {
-        "tolerance": TOLERANCE, "within": within, "threads": torch.get_num_threads(), "rounds": options.rounds,
+        "tolerance": TOLERANCE, "within": within, "command": ["python", *sys.argv], "commit": current_commit(),
+        "machine": machine(torch.get_num_threads()), "rounds": options.rounds,
         "minutes": (time.perf_counter() - start) / 60, "rows": rows,
     }  # fmt: skip
+    if options.out is not None:
+        write_json(options.out, document)
     print(json.dumps(document))
     return 0 if within else 1
 

@@ -1,13 +1,15 @@
 """Quality against speed of decoding: which settings are on the frontier, and which become the presets.
 
     python benchmarks/decoding_frontier.py CHECKPOINT --data '../shared/data/cifar10/test-{000000..000001}.tar' \
+        --tuning-data ../shared/data/cifar10/train-000009.tar \
         --out benchmarks/results/decoding --presets src/v2flow/decode_presets.json
 
 Four phases: every setting of the probe of decoding on a few pictures; the reference's way (4 AR iterations of 20
 second-order steps with guidance, everything recomputed) on fewer, with its guidance and steps tuned; the frontier of
-the first and the tuned literal rows on all pictures; and their speed, a batch of each in turns. The noise of a picture
-is the same in all of them. `frontier.json` is written after every setting: started again, the script goes on from
-there. The last line is one JSON document.
+the first and the tuned literal rows on all pictures; and their speed, a batch of each in turns. The first two may have
+pictures of their own (`--tuning-data`), so that nothing is chosen on the pictures that it is then judged by. The noise
+of a picture is the same in all of them. `frontier.json` is written after every setting: started again, the script goes
+on from there. The last line is one JSON document.
 """
 
 import argparse
@@ -48,6 +50,7 @@ from v2flow.probes.frontier import (
     literal,
     pareto,
     pick_presets,
+    thinned,
     tune,
 )
 from v2flow.tokenizer import V2FlowTokenizer
@@ -89,7 +92,7 @@ class Frontier:
         setting: dict[str, Any] = {
             "tokenizer_sha256": tokenizer_sha256(model), **describe_shards(options.data), "seed": options.seed,
             "batch_size": options.batch_size, "pictures": options.pictures, "screen": options.screen,
-            "literal_screen": options.literal_screen,
+            "literal_screen": options.literal_screen, "tuning_data": options.tuning_data,
         }  # fmt: skip
         self.document: dict[str, Any] = {
             "setting": setting, "machine": machine(torch.get_num_threads()), "screen": {}, "literal": {}, "final": {},
@@ -115,7 +118,8 @@ class Frontier:
         if name not in rows:
             model = self.ways[name.startswith(LITERAL_ROW)]
             size, batch = model.config.image_size, self.options.batch_size
-            loader = evaluation_loader(self.options.data, size, batch, limit)
+            shards = self.options.data if phase == "final" else self.options.tuning_data or self.options.data
+            loader = evaluation_loader(shards, size, batch, limit)
             found = sweep_decoding(model, loader, {name: settings}, ProbeSettings(seed=self.options.seed))
             figures = found.figures[name]
             rows[name] = {"options": dict(settings), **figures, "seconds": figures["seconds_per_picture"]}
@@ -167,10 +171,13 @@ class Frontier:
             points = {name: points[name] for name in options.points}
         screened = {name: self.score("screen", name, o, options.screen) for name, o in points.items()}
         slow = self.tuned()
-        for name in pareto(screened)[-options.finalists :]:
+        for name in thinned(pareto(screened), options.finalists):
             self.score("final", name, points[name], options.pictures)
-        for name in list(slow)[1:]:
-            self.score("final", name, slow[name], options.pictures)
+        scored: list[dict[str, Any]] = []
+        for name in list(slow)[1:]:  # tuning its noise may have changed nothing
+            if slow[name] not in scored:
+                self.score("final", name, slow[name], options.pictures)
+            scored.append(slow[name])
         reference = {LITERAL_ROW: {"options": slow[LITERAL_ROW]}}
         self.time(self.document["final"] | reference)
         return self.conclude()
@@ -259,7 +266,10 @@ def tables(document: Mapping[str, Any]) -> str:
     ])]  # fmt: skip
     for phase, title in (("screen", "First look"), ("literal", "The literal way, tuned")):
         count = setting["screen" if phase == "screen" else "literal_screen"]
-        about = f"{count} pictures: distances compare with those of this table only; speeds not in turns."
+        where = f" of {', '.join(setting['tuning_data'])}" if setting["tuning_data"] else ""
+        about = (
+            f"{count} pictures{where}: distances compare with those of this table only; speeds not in turns."
+        )
         sections.append(Section(title, [about, Table(heads, [line(*i) for i in document[phase].items()])]))
     return "# Decoding: quality against speed\n\n" + "\n\n".join(section_markdown(s) for s in sections) + "\n"
 
@@ -293,6 +303,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="a .ckpt file of `v2flow fit`, or a folder of `v2flow export`")
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="SHARDS", help="tar files, or brace globs"
+    )
+    parser.add_argument(
+        "--tuning-data", nargs="+", metavar="SHARDS", help="of the first two phases; default: those of --data"
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="frontier.json, README.md, frontier.svg"

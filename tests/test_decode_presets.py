@@ -14,7 +14,7 @@ from training_toys import write_shards
 from v2flow.decode_modes import PRESETS, presets_of, read_presets, select_modes, shipped_presets
 from v2flow.decoding import decode_options
 from v2flow.errors import V2FlowError
-from v2flow.probes.frontier import KID, equal_in_quality, pareto, pick_presets, tune, within
+from v2flow.probes.frontier import KID, equal_in_quality, pareto, pick_presets, thinned, tune, within
 from v2flow.tokenizer import V2FlowTokenizer
 
 OWN = {"presets": {name: {"options": {"steps": i + 2}} for i, name in enumerate(PRESETS)}}
@@ -42,6 +42,7 @@ ROWS = {"a": row(1, 0.60), "b": row(2, 0.52), "c": row(3, 0.55), "d": row(4, 0.5
 
 def test_the_frontier_and_the_presets_by_hand() -> None:
     assert pareto(ROWS) == ["a", "b", "d"]
+    assert thinned("abcdefg", 3) == ["a", "d", "g"] and thinned("ab", 3) == ["a", "b"]
     assert pick_presets(ROWS, 0.25, 0.05) == {"fast": "a", "balanced": "b", "best": "d"}
     assert pick_presets(ROWS, 0.05, 0.01) == {"fast": "b", "balanced": "d", "best": "d"}
     assert within(ROWS, 0.0, errors=2.5) == "b" and within(ROWS, 0.0, errors=1.0) == "d"
@@ -143,7 +144,7 @@ def test_the_frontier_is_measured_resumed_and_becomes_presets(
     monkeypatch.setattr(script, "STRONGER", {"temperature": [0.8]})
     words = [str(tmp_path / "model"), "--data", shards, "--out", str(out), "--points", "one_step", "steps_2",
              "--pictures", "6", "--screen", "4", "--literal-screen", "4", "--batch-size", "3", "--rounds", "2",
-             "--presets", str(tmp_path / "presets.json")]  # fmt: skip
+             "--tuning-data", shards, "--presets", str(tmp_path / "presets.json")]  # fmt: skip
     script.main(words)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     document = json.loads((out / "frontier.json").read_text())

@@ -14,7 +14,6 @@ import pytest
 import torch
 from core_toys import pictures, small_config
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from v2flow.benchmark import subject
 from v2flow.benchmark.subject import count_flops
@@ -113,11 +112,17 @@ def test_exponents_are_those_of_powers() -> None:
 
 
 def test_useful_flops_are_those_of_the_whole_matrix() -> None:
-    tokens, entries, width, keys = 16, 48, 8, 4
-    q, k, e, up = (torch.randn(*s) for s in ((2, 8, keys), (entries, keys), (entries, width), (2, 8, width)))
-    with FlopCounterMode(display=False) as counter:
-        vocabulary_attention.attend(q, k, e, up, noise=0.0, budget=1e9)
-    assert counter.get_total_flops() == vocabulary.useful_flops(tokens, entries, width, keys)
+    tokens, entries, width, keys = 512, 2048, 8, 4
+    shapes = ((2, 256, keys), (entries, keys), (entries, width), (2, 256, width))
+    q, k, e, up = (torch.randn(*shape) for shape in shapes)
+    useful = vocabulary.useful_flops(tokens, entries, width, keys)
+
+    def counted(budget: float) -> int:
+        return count_flops(lambda: vocabulary_attention.attend(q, k, e, up, noise=0.0, budget=budget))
+
+    assert counted(1e9) == useful
+    again = 2 * tokens * entries * keys  # tiles compute their logits once more for the gradients
+    assert counted(1.0) == useful + again, "products in place count as well"
 
 
 # --- the literal step -------------------------------------------------------------------------------------------

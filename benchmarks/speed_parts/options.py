@@ -57,7 +57,8 @@ class Options:
     memory_gb: float = 22.0
     vocabulary_tokens: int = 1024
     vocabulary_sizes: tuple[tuple[int, int, int], ...] = (
-        (32000, 4096, 512), (32000, 4096, 4096), (262144, 640, 512), (262144, 640, 640)
+        (32000, 4096, 32), (32000, 4096, 512), (32000, 4096, 4096), (262144, 640, 32), (262144, 640, 512),
+        (262144, 640, 640),
     )  # fmt: skip
     axes: dict[str, tuple[int, ...]] = field(
         default_factory=lambda: {

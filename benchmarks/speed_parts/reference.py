@@ -11,6 +11,8 @@ from v2flow.config import to_dict
 from v2flow.errors import V2FlowError
 from v2flow.probes.frontier import LITERAL
 
+LITERAL_WAY, OURS, REUSING, CODEC = "literal", "package", "package, reusing form", "codec alone"
+"""Names of the rows of decoding; the others are presets."""
 WORKER = Path(__file__).with_name("reference_worker.py")
 
 

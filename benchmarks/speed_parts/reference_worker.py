@@ -24,6 +24,7 @@ import torch
 
 import v2flow.tokenizer
 from speed_parts.options import CPU
+from speed_parts.reference import CODEC, LITERAL_WAY, OURS, REUSING
 from speed_parts.turns import take_turns
 from v2flow.benchmark.subject import TrainingSubject, count_flops, peak_rise
 from v2flow.codec import build_codec
@@ -39,7 +40,6 @@ from v2flow.training.module import seeded_generator
 from v2flow.training.tokenizer_module import TokenizerModule
 
 STATUS = Path("/proc/self/status")  # Linux
-LITERAL_WAY, OURS, REUSING, CODEC = "literal", "package", "package, reusing form", "codec alone"
 
 
 @contextmanager

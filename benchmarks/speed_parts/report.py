@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from speed_parts.reference import CODEC, LITERAL_WAY
 from speed_parts.scaling import MEASURES
 from v2flow.benchmark.document import ABSENT, Block, Section, Table, section_markdown
 from v2flow.benchmark.drawing import SETTINGS, axis_scale, looks_of, panels, svg
@@ -69,7 +70,7 @@ def goals(parts: Document) -> list[list[str]]:
             train.get("error") or f"{train['peak_rss_bytes'] / 2**30:.1f} GiB", "no" if "error" in train else "yes",
         ])  # fmt: skip
         for name, row in decode.get("rows", {}).items():
-            if name.startswith("package"):
+            if name not in (LITERAL_WAY, CODEC):
                 add(f"a picture decoded, {name}, to literal, times", 0.25, row["to_literal"]["median"], True)
     for row in parts.get("vocabulary", {}).get("rows", []):
         size = f"{row['entries']:,} x {row['dim']}, keys of {row['key_dim']}"

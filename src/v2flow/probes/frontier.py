@@ -105,6 +105,13 @@ def pareto(rows: Mapping[str, Figures]) -> list[str]:
     return kept
 
 
+def thinned(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of the names, the first and the last among them and the others evenly between."""
+    if len(names) <= most:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / max(most - 1, 1))] for i in range(most)]
+
+
 def pick_presets(rows: Mapping[str, Figures], fast_loss: float, balanced_loss: float) -> dict[str, str]:
     """Preset -> row: best has the lowest KID; fast and balanced are the cheapest within these losses of it."""
     return dict(zip(PRESETS, (within(rows, loss) for loss in (fast_loss, balanced_loss, 0.0)), strict=True))
