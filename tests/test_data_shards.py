@@ -15,10 +15,12 @@ import webdataset
 from data_toys import numbered_shards
 
 from v2flow.data import http as v2http
-from v2flow.data import shards as v2shards
+from v2flow.data import fetching
+from v2flow.data.fetching import fetch_shard
 from v2flow.data.http import HttpLimits, open_http
 from v2flow.data.manifest import index_tar, write_manifest
-from v2flow.data.shards import expand_shards, fetch_shard, open_shards
+from v2flow.data.shard_names import expand_shards
+from v2flow.data.shards import open_shards
 from v2flow.errors import V2FlowError
 
 QUICK = HttpLimits(stall=0.5, total=20.0, retries=3, backoff=0.01)
@@ -231,7 +233,7 @@ def test_a_transfer_without_end_is_cut_off(
     """Of a shard at the size that its manifest, its server or v2flow allows; of a manifest at v2flow's."""
     url, expected = tar(server)
     endless = "pipe:yes"
-    monkeypatch.setattr(v2shards, "MAX_SHARD", 3 << 20)
+    monkeypatch.setattr(fetching, "MAX_SHARD", 3 << 20)
     with pytest.raises(V2FlowError, match="pipe:yes: more than the 3,145,728 bytes that were expected"):
         fetch_shard(endless, "")
     with pytest.raises(V2FlowError, match="more than the 5,000 bytes that were expected"):
@@ -248,7 +250,7 @@ def test_a_fetch_leaves_room_on_the_disk(
 ) -> None:
     url, expected = tar(server)
     disk = SimpleNamespace(total=10_000, free=100 + len(expected) - 1)
-    monkeypatch.setattr(v2shards.shutil, "disk_usage", lambda folder: disk)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: disk)
     room = f"only {len(expected) - 1:,} bytes can be used in"
     with pytest.raises(V2FlowError, match=f"{url}: {len(expected):,} bytes, but {room}"):
         fetch_shard(url, f'{len(expected)}-"one"')

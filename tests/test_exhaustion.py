@@ -18,10 +18,11 @@ from torch.utils.data import TensorDataset
 
 from v2flow.data import disk
 from v2flow.data.batches import Batch, EvaluationBatches, Request, SampleReader
+from v2flow.data.fetching import fetch_shard
 from v2flow.data.http import HttpLimits, HttpStream
 from v2flow.data.loaders import EvaluationLoader, _Workers
 from v2flow.data.manifest import MANIFEST
-from v2flow.data.shards import fetch_shard, open_shards
+from v2flow.data.shards import open_shards
 from v2flow.data.writer import Sample, write_shards
 from v2flow.errors import V2FlowError
 from v2flow.training import progress

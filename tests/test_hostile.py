@@ -32,7 +32,8 @@ from v2flow.data.batches import EvaluationBatches, Request, SampleReader, TrainB
 from v2flow.data.decode import MAX_CAPTION, MAX_PIXELS, BadSampleError, decode_caption, decode_image
 from v2flow.data.folder import build_folder
 from v2flow.data.manifest import FORMAT, MAX_KEY, index_tar, read_manifest, write_manifest
-from v2flow.data.shards import Shard, ShardSet, expand_shards, open_shards
+from v2flow.data.shard_names import expand_shards
+from v2flow.data.shards import Shard, ShardSet, open_shards
 from v2flow.data.tokens import TokenReader
 from v2flow.data.validate import _check, validate_shards
 from v2flow.errors import V2FlowError

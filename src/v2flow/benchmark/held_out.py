@@ -4,7 +4,8 @@ from typing import Any
 
 from v2flow.data.batches import SampleReader
 from v2flow.data.openmoji import group_of
-from v2flow.data.shards import ShardSet, folder_manifest, folder_of, open_shards, shard_places
+from v2flow.data.shard_names import folder_of, shard_places
+from v2flow.data.shards import ShardSet, folder_manifest, open_shards
 from v2flow.errors import V2FlowError
 
 

@@ -23,7 +23,8 @@ from v2flow.config import CodecConfig
 from v2flow.data.batches import Reader
 from v2flow.data.decode import BadSampleError
 from v2flow.data.manifest import FIELDS, MANIFEST
-from v2flow.data.shards import ShardSet, folder_manifest, folder_of
+from v2flow.data.shard_names import folder_of
+from v2flow.data.shards import ShardSet, folder_manifest
 from v2flow.errors import V2FlowError
 
 DTYPES = {"fp16": ("F16", torch.float16), "bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}

@@ -25,7 +25,8 @@ from v2flow.data.batches import EvaluationBatches, SampleReader
 from v2flow.data.latents import DTYPES, MEMBER, PLACE, LatentFormat, source_of
 from v2flow.data.loaders import EvaluationLoader
 from v2flow.data.manifest import FIELDS, MANIFEST, ShardIndex, index_tar, read_manifest, write_manifest
-from v2flow.data.shards import Shard, Shards, ShardSet, open_shards
+from v2flow.data.shard_names import Shards
+from v2flow.data.shards import Shard, ShardSet, open_shards
 from v2flow.data.tokens import pictures_sha256
 from v2flow.data.writer import STAGING, Sample, count_by_split, finished_build, write_shards
 from v2flow.devices import pick_device

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from v2flow.data.manifest import FIELDS
 from v2flow.data.scene_sampler import HELD_OUT_SEED, held_out, sample_scene
 from v2flow.data.scenes import COLOURS, REACH, Scene, scene_from_json
-from v2flow.data.shards import Shards, open_shards
+from v2flow.data.shard_names import Shards
+from v2flow.data.shards import open_shards
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
 

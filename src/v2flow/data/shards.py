@@ -1,28 +1,18 @@
-"""Shards by name: brace globs, local files, `file:`, `http(s):` and, if allowed, `pipe:`; one cache for remote ones."""
+"""Shards that are opened: which samples they hold, and the bytes of a sample's members."""
 
-import fcntl
-import glob
-import hashlib
 import os
-import re
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import urlparse
-from urllib.request import url2pathname
+from typing import Any
 
-import braceexpand
 import numpy as np
 from tqdm import tqdm
-from webdataset.gopen import gopen
 
 from v2flow.data.decode import MAX_CAPTION
-from v2flow.data.disk import disk_reason
-from v2flow.data.http import HttpStream, fetch_text, probe, register_openers
+from v2flow.data.fetching import fetch_shard
+from v2flow.data.http import fetch_text, probe, register_openers
 from v2flow.data.manifest import (
     FIELDS,
     MANIFEST,
@@ -31,80 +21,12 @@ from v2flow.data.manifest import (
     check_against_manifest,
     read_manifest,
 )
-from v2flow.errors import V2FlowError, first_line
-from v2flow.paths import cache_dir
+from v2flow.data.shard_names import SCHEME, Shards, expand_shards
+from v2flow.errors import V2FlowError
 
-Shards = str | Sequence[str]
 MAX_OPEN_FILES = 64
 MAX_BYTES = {"image": 256 << 20, "txt": MAX_CAPTION, "json": MAX_CAPTION, "cls": MAX_CAPTION}
 """Of members by field; a larger one is never read."""
-MAX_SHARD = 64 << 30
-"""Bytes of a remote shard, where neither a manifest nor its server says how many it has."""
-KEPT_FREE = 1 << 30
-"""Bytes that a fetch leaves free on the disk, or a hundredth of it where that is less."""
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
-
-
-def expand_shards(shards: Shards, allow_pipe: bool = False) -> list[str]:
-    """Names of single shards: braces `{00..12}` and `{a,b}` everywhere, wildcards `*?[]` in local paths.
-
-    Args:
-        shards: one pattern or several.
-        allow_pipe: also accept `pipe:COMMAND`, whose output is a tar. It runs in a shell.
-
-    Raises:
-        V2FlowError: no match, an unknown scheme, a shard named twice, or a pipe that is not allowed.
-    """
-    patterns = [shards] if isinstance(shards, str) else list(shards)
-    names = [name for pattern in patterns for name in _expand_one(pattern, allow_pipe)]
-    if not names:
-        raise V2FlowError("shards: expected at least one path or URL, found none")
-    twice = (
-        next((name for name in names if names.count(name) > 1), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if twice is not None:
-        raise V2FlowError(f"{twice}: named twice among the shards; name each shard once")
-    return names
-
-
-def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
-    try:
-        names = list(braceexpand.braceexpand(pattern))
-    except ValueError as error:
-        raise V2FlowError(
-            f"shards {pattern!r}: a brace is not closed; expected e.g. train-{{000..012}}.tar"
-        ) from error
-    return [name for expanded in names for name in _expand_name(expanded, allow_pipe)]
-
-
-def _expand_name(name: str, allow_pipe: bool) -> list[str]:
-    match = _SCHEME.match(name)
-    scheme = match.group(1).lower() if match else ""
-    if scheme == "pipe":
-        if not allow_pipe:
-            raise V2FlowError(f"{name}: pipes run a shell command; set allow_pipe to true if you trust it")
-        return [name]
-    if scheme in ("http", "https"):
-        if "*" in name:
-            raise V2FlowError(f"{name}: wildcards only work for local shards; use braces {{000..012}}")
-        return [name]
-    if scheme == "file":
-        try:
-            name = url2pathname(urlparse(name).path)
-        except ValueError as error:
-            raise V2FlowError(f"{name}: no URL of a file ({error}); write its path instead") from error
-    elif scheme:
-        raise V2FlowError(
-            f"{name}: unknown scheme {scheme!r}; expected a path, file:, http:, https: or pipe:"
-        )
-    if os.path.exists(name) or not glob.has_magic(name):
-        return [name]
-    found = sorted(glob.glob(name, recursive=True))
-    if not found:
-        raise V2FlowError(f"{name}: no shard matches; check the path, or build the shards first")
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,12 +202,7 @@ def open_shard(name: str, manifests: dict[str, dict[str, ShardIndex]] | None = N
         V2FlowError: missing, damaged, empty or shorter than its manifest says.
     """
     manifests = {} if manifests is None else manifests
-    return _open_remote(name, manifests) if _SCHEME.match(name) else _open_local(name, manifests)
-
-
-def folder_of(name: str) -> str:
-    """Folder of a shard, local or by its URL."""
-    return name.rpartition("/")[0] if "://" in name else str(Path(name).parent)
+    return _open_remote(name, manifests) if SCHEME.match(name) else _open_local(name, manifests)
 
 
 def folder_manifest(folder: str) -> tuple[dict[str, Any], dict[str, ShardIndex]]:
@@ -301,16 +218,6 @@ def folder_manifest(folder: str) -> tuple[dict[str, Any], dict[str, ShardIndex]]
         place = str(Path(folder) / MANIFEST)
         text = Path(place).read_text(errors="replace") if Path(place).is_file() else None
     return read_manifest(text, place) if text is not None else ({}, {})
-
-
-def shard_places(shards: Shards, allow_pipe: bool = False) -> set[str]:
-    """Where shards lie, local ones by their real path: two names of one shard are one place.
-
-    Raises:
-        V2FlowError: see :func:`expand_shards`.
-    """
-    names = expand_shards(shards, allow_pipe)
-    return {os.path.realpath(name) if os.path.exists(name) else name for name in names}
 
 
 def _open_local(name: str, manifests: dict[str, dict[str, ShardIndex]]) -> Shard:
@@ -374,83 +281,3 @@ def _refuse_duplicates(opened: ShardSet) -> None:
             first, second = (shards[owners[i]].name for i in ordered[same[0] : same[0] + 2])
             key = keys[ordered[same[0]]].decode()
             raise V2FlowError(f"{second}: the key {key!r} is also in {first}; keys must be unique")
-
-
-def fetch_shard(name: str, version: str, size: int | None = None) -> Path:
-    """Fetches a remote shard into the cache, once for all processes of this machine, and gives its path.
-
-    What was fetched of it before an interruption is kept. Nothing is ever removed from the cache.
-
-    Args:
-        version: what tells its contents from others of the same name; begins with its bytes, if the server says them.
-        size: its bytes, if a manifest says them.
-
-    Raises:
-        V2FlowError: it cannot be read to its end, is larger than it should be, or there is no room for it.
-    """
-    digest = hashlib.sha256(f"{name}\n{version}".encode()).hexdigest()[:32]
-    final = cache_dir() / "shards" / f"{digest}.tar"
-    if final.exists():
-        return final
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(final.with_suffix(".lock")):
-            if not final.exists():
-                partial = final.with_suffix(".part")
-                if size is None and version.partition("-")[0].isdigit():
-                    size = int(version.partition("-")[0])
-                (_run_pipe if name.startswith("pipe:") else _download)(name, version, partial, size)
-                os.replace(partial, final)
-    except OSError as error:
-        reason = disk_reason(error) or error.strerror
-        raise V2FlowError(
-            f"{name}: cannot be kept in {final.parent} ({reason}); make room there, or name another folder in the "
-            "variable V2FLOW_CACHE; what was fetched is kept"
-        ) from error
-    return final
-
-
-def _download(url: str, version: str, partial: Path, size: int | None) -> None:
-    have = partial.stat().st_size if partial.exists() else 0
-    tag = version.partition("-")[2]
-    with HttpStream(url, have if tag else 0, tag) as stream, partial.open("ab" if tag else "wb") as file:
-        _copy(stream, file, url, size)
-
-
-def _run_pipe(name: str, version: str, partial: Path, size: int | None) -> None:
-    try:
-        with gopen(name) as stream, partial.open("wb") as file:
-            _copy(stream, file, name, size)
-    except V2FlowError:
-        raise
-    except OSError as error:
-        raise V2FlowError(f"{name}: the command failed ({first_line(error)})") from error
-
-
-def _copy(stream: Any, file: BinaryIO, name: str, size: int | None) -> None:
-    """Writes a stream behind what the file has. One without end is cut off, and nothing of it is kept."""
-    disk = shutil.disk_usage(Path(file.name).parent)
-    room = disk.free - min(KEPT_FREE, disk.total // 100) + file.tell()
-    most = min(MAX_SHARD if size is None else size, room)
-    if size is None or size <= room:
-        while chunk := stream.read(1 << 20):
-            file.write(chunk)
-            if file.tell() > most:
-                break
-        else:
-            return
-        Path(file.name).unlink()
-    if most == room:
-        needed = "" if size is None else f"{size:,} bytes, but "
-        raise V2FlowError(
-            f"{name}: {needed}only {max(room, 0):,} bytes can be used in {Path(file.name).parent}; make room there, or "
-            "name another folder in the variable V2FLOW_CACHE"
-        )
-    raise V2FlowError(f"{name}: more than the {most:,} bytes that were expected; is it the right file?")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from v2flow.data.batches import EvaluationBatches, Reader, SampleReader
 from v2flow.data.loaders import EvaluationLoader
 from v2flow.data.manifest import FIELDS
-from v2flow.data.shards import Shards, ShardSet, folder_manifest, folder_of, open_shards
+from v2flow.data.shard_names import Shards, folder_of
+from v2flow.data.shards import ShardSet, folder_manifest, open_shards
 from v2flow.data.views import check_views, view_of
 from v2flow.data.writer import SPLITS, Sample, finished_build, write_shards
 from v2flow.devices import pick_device

@@ -23,7 +23,8 @@ from v2flow.data.manifest import (
     make_index,
     plain_files,
 )
-from v2flow.data.shards import Shard, ShardSet, expand_shards, open_shard
+from v2flow.data.shard_names import expand_shards
+from v2flow.data.shards import Shard, ShardSet, open_shard
 from v2flow.errors import V2FlowError
 
 _CHUNK = 500

@@ -7,7 +7,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from v2flow.data.batches import EvaluationBatches, Reader, TrainBatches
 from v2flow.data.loaders import EvaluationLoader, TrainLoader
-from v2flow.data.shards import ShardSet, open_shards, shard_places
+from v2flow.data.shard_names import shard_places
+from v2flow.data.shards import ShardSet, open_shards
 from v2flow.errors import V2FlowError
 from v2flow.ranks import world
 

@@ -15,7 +15,8 @@ from v2flow.data.manifest import FIELDS
 from v2flow.data.openmoji import group_of
 from v2flow.data.scenes import Scene, scene_from_json
 from v2flow.data.shapes import render
-from v2flow.data.shards import Shards, ShardSet, open_shards
+from v2flow.data.shard_names import Shards
+from v2flow.data.shards import ShardSet, open_shards
 from v2flow.data.tokens import TokenReader, check_source, source_of
 from v2flow.errors import V2FlowError
 from v2flow.metrics.reconstruction import to_uint8

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from v2flow.data.shards import Shards, ShardSet, open_shards
+from v2flow.data.shard_names import Shards
+from v2flow.data.shards import ShardSet, open_shards
 from v2flow.t2i.metrics.marginal import marginal_ids
 from v2flow.t2i.metrics.picture_distance import nearest_training_pictures
 from v2flow.t2i.metrics.samples import (
