@@ -146,5 +146,5 @@ def save_last(trainer: Trainer) -> str | None:
     """Save the newest state of this run; every rank must call it. Gives the file, None if the run saves nothing."""
     path = last_checkpoint(trainer)
     if path is not None:
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # the whole state; said, or Lightning remarks on it
     return path
