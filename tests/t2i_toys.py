@@ -25,10 +25,10 @@ def tiny_tokenizer(vocab_size: int = 290) -> Any:
     return train_caption_llm_tokenizer(CAPTIONS, vocab_size)
 
 
-def tiny_config(family: str, vocab_size: int) -> PretrainedConfig:
-    """A configuration of the family: width 32, 2 layers."""
+def tiny_config(family: str, vocab_size: int, layers: int = LAYERS) -> PretrainedConfig:
+    """A configuration of the family: width 32."""
     common: dict[str, Any] = {
-        "vocab_size": vocab_size, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+        "vocab_size": vocab_size, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": layers,
         "num_attention_heads": HEADS, "num_key_value_heads": 1, "max_position_embeddings": 128,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
     }  # fmt: skip
@@ -45,16 +45,16 @@ def tiny_config(family: str, vocab_size: int) -> PretrainedConfig:
     if family == "phi":
         return PhiConfig(**common | {"num_key_value_heads": HEADS})
     return GPT2Config(
-        vocab_size=vocab_size, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=128,
+        vocab_size=vocab_size, n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_positions=128,
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
 
 
-def tiny_llm(family: str, vocab_size: int, seed: int = 0) -> Any:
+def tiny_llm(family: str, vocab_size: int, seed: int = 0, layers: int = LAYERS) -> Any:
     """A model of the family in evaluation mode; its rows share a mean, as those of real LLMs do, and biases are not
     zero."""
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size)).eval()
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size, layers)).eval()
     with torch.no_grad():
         for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             weight.copy_(0.3 * torch.randn(weight.shape) + 0.1 * torch.randn(WIDTH))

@@ -1,9 +1,11 @@
 """Arrays of the public interface: each has a name of `v2flow.arrays`, real ones fit it, and wrong ones are refused."""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
@@ -104,6 +106,14 @@ def test_every_array_of_a_public_function_has_a_name() -> None:
     assert {"tokenizer.V2FlowTokenizer.encode", "samplers.History.__new__", "flow.gather_positions"} <= set(
         found
     )
+
+
+def test_the_documents_name_these_modules(repository: Path) -> None:
+    section = (repository / "docs" / "api.md").read_text().split("## Arrays")[1].split("## ")[0]
+    listed = section.partition("of these modules")[2].partition("The others")[0]
+    assert re.findall(r"`([\w.]+)`", listed) == [
+        module.__name__.removeprefix("v2flow.") for module in MODULES
+    ]
 
 
 def test_every_name_is_used() -> None:

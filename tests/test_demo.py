@@ -349,4 +349,4 @@ def test_missing_gradio_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "v2flow.demo.app", raising=False)
     assert main(["demo", "nowhere", "--port", "7899"]) == 2
-    assert 'pip install "v2flow[demo]"' in capsys.readouterr().err
+    assert 'pip install -e ".[demo]"' in capsys.readouterr().err

@@ -8,20 +8,18 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_toys import FENCE, INLINE, PAGES, REPOSITORY, SHELL, block_lines, filled, page_name
+from test_docs_executed import elsewhere
 
 from v2flow.cli import TRAINING_VERBS, build_parser, main
 from v2flow.errors import V2FlowError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 ROLE = re.compile(r"\{(?:src|py:\w+)\}`~?([\w.]+)`")
-DEFAULT_EXPERIMENT = "experiments/tokenizer/openmoji-32.yaml"
 
 
 def text_of(name: str) -> str:
@@ -30,12 +28,8 @@ def text_of(name: str) -> str:
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
     """Page and content of each fenced block of these languages."""
-    return [
-        (page.name, match[2])
-        for page in PAGES
-        for match in FENCE.finditer(page.read_text())
-        if match[1] in languages
-    ]
+    found = ((page_name(page), match) for page in PAGES for match in FENCE.finditer(page.read_text()))
+    return [(page, match[2]) for page, match in found if match[1] in languages]
 
 
 def table(text: str, heading: str) -> list[list[str]]:
@@ -65,7 +59,7 @@ def find(name: str) -> Any:
 # --- names and files --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_named_objects_and_files_exist(page: Path) -> None:
     text = page.read_text()
     for name in ROLE.findall(text):
@@ -120,34 +114,26 @@ def test_figures_are_those_of_their_source(name: str) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """Words of each command of a shell block that runs v2flow or make, from that word on."""
+def commands(block: str) -> Iterator[list[str]]:
+    """Words of each command of a shell block that runs v2flow or make, from that word on; those that
+    `test_docs_executed.py` runs are left out."""
     variables: dict[str, str] = {}
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+    for line in block_lines(block):
+        words = shlex.split(filled(line))
         for name, value in variables.items():
-            line = line.replace(f"${name}", value)
-        words = shlex.split(line, comments=True)
+            words = [word.replace(f"${name}", value) for word in words]
         variables |= dict(word.split("=", 1) for word in words if re.match(r"^[A-Z_0-9]+=", word))
         start = next((i for i, word in enumerate(words) if word in ("v2flow", "make")), None)
-        if start is not None:
-            yield words[start:]
+        if start is not None and elsewhere(line) is not None:
+            yield list(takewhile(lambda word: word != "&&", words[start:]))
 
 
-FOUND = {tuple(words): page for page, block in blocks("sh", "bash", "console") for words in commands(block)}
+FOUND = {tuple(words): page for page, block in blocks(*SHELL) for words in commands(block)}
 COMMANDS = [(page, list(words)) for words, page in FOUND.items()]
-
-
-def in_place(words: list[str]) -> list[str]:
-    """With the default experiment for a placeholder such as FILE after --config; a file that is named has to exist."""
-    return [
-        DEFAULT_EXPERIMENT if before == "--config" and re.fullmatch(r"[A-Z]+|…", word) else word
-        for before, word in zip(["", *words], words, strict=False)
-    ]
 
 
 def parse(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Reads the words after `v2flow` as the command itself does, and stops before any work."""
-    words = in_place(words)
     if words[0] in TRAINING_VERBS:
         flag = [] if "--print_config" in words else ["--print_config"]
         with pytest.raises(SystemExit) as stopped:
@@ -214,7 +200,7 @@ def test_an_unknown_option_is_noticed(capsys: pytest.CaptureFixture[str]) -> Non
     wrong = [
         "fit",
         "--config",
-        str(REPOSITORY / DEFAULT_EXPERIMENT),
+        str(REPOSITORY / "experiments" / "tokenizer" / "openmoji-32.yaml"),
         "--model.init_args.tokenizer.kodec.kind=kl",
         "--print_config",
     ]

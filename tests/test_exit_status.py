@@ -68,10 +68,16 @@ def stopped_by(number: int, shards: dict[str, str], folder: Path, verb: str = "f
     return stopped.value.code
 
 
-def test_every_documented_status_has_a_test_here(repository: Path) -> None:
+def test_every_documented_status_is_in_the_help_and_has_a_test_here(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     documented = re.findall(r"^\| (\d+) \|", (repository / PAGE).read_text(), re.MULTILINE)
     tested = {name.split("_")[2] for name in globals() if name.startswith("test_status_")}
     assert len(documented) > 5 and set(documented) == tested
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out.partition("Exit status:")[2]
+    assert re.findall(r"\d+", said) == documented
 
 
 def test_status_0_after_success(tmp_path: Path) -> None:

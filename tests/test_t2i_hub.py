@@ -162,5 +162,5 @@ def test_without_transformers_one_line_says_what_to_install() -> None:
         "except V2FlowError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "transformers" in done.stdout and 'pip install "v2flow[t2i]"' in done.stdout
+    assert "transformers" in done.stdout and 'pip install -e ".[t2i]"' in done.stdout
     assert done.stdout.count("\n") == 1

@@ -48,9 +48,7 @@ def __getattr__(name: str) -> Any:
         if error.name not in _EXTRAS:
             raise
         errors = import_module("v2flow.errors")
-        raise errors.V2FlowError(
-            f'{name} needs the package {error.name}, which is not installed; run: pip install "v2flow[t2i]"'
-        ) from error
+        raise errors.V2FlowError(f"{name} {errors.missing(error.name, 't2i')}") from error
     globals()[name] = value
     return value
 

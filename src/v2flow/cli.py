@@ -39,8 +39,9 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="v2flow",
         description="Train, score and use image tokenizers whose tokens live in the vocabulary space of an LLM.",
-        epilog="Exit status: 0 if all went well, 2 after a mistake in the input (one line on standard error), 130 "
-        "after Ctrl-C, 143 for a training that SIGTERM has stopped.",
+        epilog="Exit status: 0 if all went well, 1 after an error that is not yours (a traceback), 2 after a mistake "
+        "in the input (one line on standard error), 130 after Ctrl-C, 138 for a training that SLURM is to run again, "
+        "141 if what read the output has gone, 143 for a training that SIGTERM has stopped.",
     )
     parser.add_argument("--version", action="version", version=f"v2flow {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

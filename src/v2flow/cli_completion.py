@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from v2flow.cli_words import sentence
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, missing
 
 FILES = {"CHECKPOINT", "CSV", "EXPERIMENT", "FILE", "FILE.md", "IDS", "IMAGE", "SHARDS", "SUITE"}
 """Placeholders of options and arguments that are completed with the names of files and folders."""
@@ -41,9 +41,7 @@ def run_completion(options: argparse.Namespace) -> None:
     try:
         import shtab
     except ModuleNotFoundError as error:
-        raise V2FlowError(
-            'completion needs the package shtab, which is not installed; run: pip install "v2flow[cli]"'
-        ) from error
+        raise V2FlowError(f"completion {missing('shtab', 'cli')}") from error
     from v2flow.cli import TRAINING_VERBS, build_parser
 
     parser = build_parser()

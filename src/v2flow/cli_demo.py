@@ -5,7 +5,7 @@ import socket
 from typing import Any
 
 from v2flow.cli_words import sentence
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, missing
 
 
 def add_demo_verb(verbs: Any) -> None:
@@ -46,9 +46,7 @@ def run_demo(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "v2flow":
             raise
-        raise V2FlowError(
-            f'the demo needs the package {error.name}, which is not installed; run: pip install "v2flow[demo]"'
-        ) from error
+        raise V2FlowError(f"the demo {missing(error.name, 'demo')}") from error
     from v2flow.demo.session import load_session
 
     session = load_session(options.checkpoint, options.weights, options.text_to_image, options.baseline)

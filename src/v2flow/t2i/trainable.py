@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from v2flow.errors import V2FlowError
+from v2flow.errors import V2FlowError, missing
 from v2flow.t2i.config import TextToImageConfig
 
 
@@ -72,7 +72,7 @@ def _with_adapters(llm: Any, config: TextToImageConfig) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise V2FlowError('option text_to_image.train: lora needs peft; pip install "v2flow[t2i]"') from error
+        raise V2FlowError(f"option text_to_image.train: lora {missing('peft', 't2i')}") from error
     options = LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: any number will do

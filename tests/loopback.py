@@ -1,0 +1,15 @@
+"""Connections to this machine alone: tests, and the commands that they start, must not use the network."""
+
+import socket
+from typing import Any
+
+LOOPBACK = ("127.", "::1", "localhost")
+_connect = socket.socket.connect
+
+
+def connect_here(self: socket.socket, address: Any) -> None:
+    """In the place of `socket.socket.connect`: a connection to anything but this machine is an error."""
+    internet = self.family in (socket.AF_INET, socket.AF_INET6)
+    if internet and not str(address[0]).startswith(LOOPBACK):
+        raise RuntimeError(f"tests must not use the network, but one connects to {address[0]}")
+    _connect(self, address)
