@@ -47,6 +47,8 @@ SHARDING = "test_t2i_sharding.py::test_two_shards_learn_what_one_process_learns"
 LATENTS = "test_data_latents.py::test_the_command_takes_the_codec_of_an_experiment"
 LATENT_TRAINING = "test_data_latents.py::test_a_training_on_latents_is_that_on_pictures_bit_for_bit"
 HOOKS = "test_habits.py::test_hooks_are_the_commands_of_make_lint_and_what_it_installs"
+FRONTIER = "test_decode_presets.py::test_the_frontier_is_measured_resumed_and_becomes_presets"
+SPEED = "test_speed.py::test_a_smoke_run_of_all_parts"
 SUITE = "test_benchmark.py::test_rows_are_trained_once_scored_and_reported"
 SOAK = "faults/test_soak.py::test_a_process_that_each_validation_leaves_behind_is_found"
 PLANS = "test_cli_plan.py::test_every_experiment_is_planned_without_weights_or_data"
@@ -80,8 +82,10 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     (r"v2flow evaluate mine:build ", "the function is the reader's", OWN_ROW),
     (r"v2flow plan --all ", "plans each experiment", PLANS),
     (r"v2flow plan .*--device cpu$", "measures this machine", THIS_MACHINE),
+    (r"python benchmarks/decoding_frontier\.py ", "minutes of measurement", FRONTIER),
+    (r"python benchmarks/speed\.py$", "minutes of measurement", SPEED),
     (r"python benchmarks/check_plan\.py$", "minutes of measurement", STEP),
-    (r"v2flow fit .*ModelParallelStrategy", "needs eight GPUs", SHARDING),
+    (r"v2flow fit .*(fsdp2|FSDP2Strategy)", "needs eight GPUs", SHARDING),
     (r"v2flow fit .*--trainer\.devices=8", "needs eight GPUs", DEVICES),
     (r"srun v2flow fit .*reference-512", "needs a cluster and DC-AE's weights", DEVICES),
     (r"srun v2flow fit .*reference-llama2-7b", "needs a cluster and LLaMA-2's weights", SHARDING),
