@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from t2i_training_toys import Toys
+from training_toys import experiment, write, write_shards
 
 from v2flow.cli import main
 from v2flow.errors import V2FlowError
@@ -138,11 +140,30 @@ def test_a_folder_keeps_the_one_before(tmp_path: Path) -> None:
         usable_checkpoint(path)
 
 
-def test_what_cannot_be_sharded(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+LIGHTNINGS_OWN = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy", "--trainer.strategy.data_parallel_size=1",
+    "--trainer.strategy.tensor_parallel_size=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", [["--trainer.strategy=fsdp2"], LIGHTNINGS_OWN], ids=["fsdp2", "plain"])
+def test_what_cannot_be_sharded(
+    strategy: Sequence[str],
+    toys: Toys,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Averages of shards, and tokenizers: one line each, also under Lightning's own strategy."""
+    request.addfinalizer(torch.distributed.destroy_process_group)
     file = toys.write(tmp_path)
-    averaged = ["--trainer.callbacks+=v2flow.training.ema.EMACallback"]
-    assert main(["fit", "--config", file, "--trainer.strategy=fsdp2", *averaged]) == 2
-    assert "cannot average weights that are sharded" in capsys.readouterr().err
+    for average in ("v2flow.training.ema.EMACallback", "lightning.pytorch.callbacks.EMAWeightAveraging"):
+        assert main(["fit", "--config", file, *strategy, f"--trainer.callbacks+={average}"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "option" in line]
+        assert f"option trainer.callbacks: {average.rpartition('.')[2]} cannot average weights" in line
+    tokenizer = write(experiment(write_shards(tmp_path), tmp_path), tmp_path / "tokenizer.yaml")
+    assert main(["fit", "--config", tokenizer, *strategy]) == 2
+    assert "option trainer.strategy: TokenizerModule is not sharded" in capsys.readouterr().err
 
 
 def test_no_group_of_parameters_is_empty(toys: Toys) -> None:
