@@ -9,6 +9,7 @@ from v2flow.cli_experiment import TEXT_TO_IMAGE
 from v2flow.cli_training import TrainingCLI, experiment_cli
 from v2flow.data.shards import open_shards
 from v2flow.errors import V2FlowError
+from v2flow.ranks import nearest_batch
 
 AUTO_DEVICES = 8
 """Devices of a node where the experiment says `auto`."""
@@ -129,17 +130,10 @@ def check_global_batch(experiment: Experiment, batch_size: int, world: int) -> i
     if batch_size * world > samples:
         raise V2FlowError(
             f"{experiment.path}: {world} devices with {batch_size} samples each take {batch_size * world} a step, but "
-            f"its training shards hold {samples}; {_nearest(samples, batch_size, world)}"
+            f"its training shards hold {samples}; "
+            f"{nearest_batch(samples, batch_size, world, '--batch-size')}"
         )
     return samples
-
-
-def _nearest(samples: int, batch_size: int, world: int) -> str:
-    if samples >= world:
-        return (
-            f"use --batch-size {samples // world} or less, or {max(samples // batch_size, 1)} devices in all"
-        )
-    return f"use {max(samples // batch_size, 1)} devices in all"
 
 
 def _local(named: Any) -> bool:
