@@ -10,6 +10,7 @@ from v2flow.cli_training import TrainingCLI, experiment_cli
 from v2flow.data.shards import open_shards
 from v2flow.errors import V2FlowError
 from v2flow.ranks import nearest_batch
+from v2flow.training.ddp import BUFFER_OPTIONS, LOCAL_BUFFERS
 
 AUTO_DEVICES = 8
 """Devices of a node where the experiment says `auto`."""
@@ -33,6 +34,7 @@ class Experiment:
         nodes: of the run.
         bf16: whether it runs in mixed precision.
         ema: whether averaged weights are kept.
+        local_buffers: whether DDP leaves buffers to the ranks, and does not broadcast them before each step.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Experiment:
     nodes: int
     bf16: bool
     ema: bool
+    local_buffers: bool
 
     @property
     def text_to_image(self) -> bool:
@@ -100,7 +103,16 @@ def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         nodes=trainer.num_nodes,
         bf16=str(trainer.precision or "").startswith(("bf16", "16")),
         ema=any(callback.class_path.endswith("EMACallback") for callback in callbacks),
+        local_buffers=_local_buffers(trainer.strategy),
     )
+
+
+def _local_buffers(strategy: Any) -> bool:
+    """Whether a strategy, a name or a class with options, is a DDP that does not broadcast buffers."""
+    if isinstance(strategy, str):
+        return strategy == LOCAL_BUFFERS
+    options = strategy.init_args.as_dict() if "init_args" in strategy else {}
+    return any(options.get(name) is False for name in BUFFER_OPTIONS)
 
 
 def _steps(path: Path, max_steps: int, options: dict[str, Any]) -> int:
