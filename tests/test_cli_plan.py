@@ -174,6 +174,16 @@ def test_options_change_what_they_say(small: str, tmp_path: Path) -> None:
     ]
     assert cpu["compute"] == pytest.approx(cpu["products"] + cpu["memory"]) and cpu["launches"] == 0
     assert cpu["products"] == pytest.approx(base["flops_per_step"] / 0.1e12)
+    two = ("--devices", "2")
+    broadcast, local = (
+        planned(*two, "--set", f"trainer.strategy={name}")["strategies"]["DDP"]["sent"]
+        for name in ("ddp", "ddp_local_buffers")
+    )
+    # The table of 64 x 16, and the codes and their sums of 32 x 16.
+    assert 0 < broadcast - local - 4 * (64 * 16 + 2 * 32 * 16) < 0.2 * (broadcast - local)
+    options = "{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {broadcast_buffers: false}}"
+    spelt = planned(*two, "--set", f"trainer.strategy={options}")
+    assert spelt["strategies"]["DDP"]["sent"] == local
     accumulated = planned("--set", "trainer.accumulate_grad_batches=2")
     assert accumulated["flops_per_step"] == 2 * base["flops_per_step"]
 

@@ -1,5 +1,6 @@
 """Loaders: the same batches for any workers and ranks, exact positions, padding, bad samples, augmentation."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,24 @@ def test_an_epoch_is_a_permutation_without_the_last_partial_batch(pattern: str) 
     seen = sum(epoch(loader), [])
     assert len(loader) == 14 and len(seen) == len(set(seen)) == 70
     assert seen != sorted(seen)
-    with pytest.raises(V2FlowError, match="72 samples are fewer than one batch of 80"):
-        train_loader(pattern, batch_size=20, ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "way"),
+    [
+        (20, 4, "use data.batch_size 18 or less, or 3 devices in all"),
+        (73, 1, "use data.batch_size 72 or less"),
+        (80, 2, "use data.batch_size 36 or less"),
+        (2, 80, "use 36 devices in all"),
+        (73, 80, "use data.batch_size 1 and 72 devices in all"),
+    ],
+)
+def test_a_batch_of_more_than_all_samples_is_told_the_nearest(
+    pattern: str, batch_size: int, ranks: int, way: str
+) -> None:
+    message = f"training shards: 72 samples are fewer than one batch of {batch_size * ranks}; {way}"
+    with pytest.raises(V2FlowError, match=f"^{re.escape(message)}$"):
+        train_loader(pattern, batch_size=batch_size, ranks=ranks)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -223,9 +223,10 @@ def test_fsdp_shares_out_what_is_not_kept_whole() -> None:
 
 
 def test_bytes_on_the_links() -> None:
-    assert ddp_traffic(SIZES, 4) == Traffic(behind=1.5 * 800, before=50 + 1.5 * 10)
+    assert ddp_traffic(SIZES, 4, False) == Traffic(behind=1.5 * 800, before=50 + 1.5 * 10)
+    assert ddp_traffic(SIZES, 4, True) == Traffic(behind=1.5 * 800, before=1.5 * 10)
     assert fsdp_traffic(SIZES, 4) == Traffic(behind=0.75 * (2 * 880 + 800), before=1.5 * 10)
-    assert ddp_traffic(SIZES, 1) == fsdp_traffic(SIZES, 1) == Traffic(0, 0)
+    assert ddp_traffic(SIZES, 1, False) == fsdp_traffic(SIZES, 1) == Traffic(0, 0)
 
 
 def test_sizes_are_those_of_the_module() -> None:

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from rank_losses import losses, rank_losses
 from t2i_training_toys import Toys
+from training_toys import experiment, write, write_shards
 
 from v2flow.cli import main
 from v2flow.errors import V2FlowError
@@ -35,7 +38,8 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
 def fit(file: str, *options: str) -> str:
     """Trains in processes of their own; what they said."""
     command = [sys.executable, "-m", "v2flow", "fit", "--config", file, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
@@ -65,8 +69,10 @@ def test_two_shards_learn_what_one_process_learns(toys: Toys, tmp_path: Path) ->
     file = toys.write(tmp_path, **CONFIG)
     module = TextToImageModule(TextToImageConfig(**toys.config(**CONFIG)))
     torch.save(module.state_dict(), tmp_path / "start.ckpt")
-    fit(file)
-    fit(file, *TWO)
+    fit(file, *rank_losses(tmp_path))
+    fit(file, *TWO, *rank_losses(tmp_path))
+    assert len(set(losses(tmp_path, 1))) == 4
+    assert losses(tmp_path, 2) == pytest.approx(losses(tmp_path, 1), rel=1e-4)
     one, other = (torch.load(last(tmp_path, i), weights_only=True)["state_dict"] for i in range(2))
     assert set(one) == set(other)
     start = torch.load(tmp_path / "start.ckpt", weights_only=True)
@@ -80,9 +86,10 @@ def test_two_shards_learn_what_one_process_learns(toys: Toys, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_a_sharded_checkpoint_is_resumed_exactly_and_falls_back(toys: Toys, tmp_path: Path) -> None:
-    """The last checkpoint, of step 4, is damaged: the training goes on from the one before, and ends in the same."""
-    file = toys.write(tmp_path)
-    fit(file, *FOLDERS)
+    """The last checkpoint, of step 4, is damaged: the training goes on from the one before, and ends in the same, but
+    for rounding also on one device in place of two."""
+    file = toys.write(tmp_path, **CONFIG)
+    fit(file, *FOLDERS, *rank_losses(tmp_path))
     first = last(tmp_path, 0)
     assert {path.name for path in first.iterdir()} >= {SEAL, ".metadata", "meta.pt"}
     assert not list(first.parent.glob(".*.part"))
@@ -102,6 +109,13 @@ def test_a_sharded_checkpoint_is_resumed_exactly_and_falls_back(toys: Toys, tmp_
     assert found.keys() == expected.keys() and any(name.startswith("optimizer_0") for name in found)
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
+    one = ("--trainer.devices=1", "--data.batch_size=4", f"--ckpt_path={previous_of(first)}")
+    fit(file, *FOLDERS, *one, *rank_losses(tmp_path))
+    assert losses(tmp_path, 1) == pytest.approx(losses(tmp_path, 2)[2:], rel=1e-4)
+    alone = weights(last(tmp_path, 2))
+    assert alone.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(alone[name], expected[name], rtol=1e-3, atol=1e-5), name
 
 
 def sealed(path: Path, content: bytes) -> Path:
@@ -138,11 +152,30 @@ def test_a_folder_keeps_the_one_before(tmp_path: Path) -> None:
         usable_checkpoint(path)
 
 
-def test_what_cannot_be_sharded(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+LIGHTNINGS_OWN = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy", "--trainer.strategy.data_parallel_size=1",
+    "--trainer.strategy.tensor_parallel_size=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", [["--trainer.strategy=fsdp2"], LIGHTNINGS_OWN], ids=["fsdp2", "plain"])
+def test_what_cannot_be_sharded(
+    strategy: Sequence[str],
+    toys: Toys,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Averages of shards, and tokenizers: one line each, also under Lightning's own strategy."""
+    request.addfinalizer(torch.distributed.destroy_process_group)
     file = toys.write(tmp_path)
-    averaged = ["--trainer.callbacks+=v2flow.training.ema.EMACallback"]
-    assert main(["fit", "--config", file, "--trainer.strategy=fsdp2", *averaged]) == 2
-    assert "cannot average weights that are sharded" in capsys.readouterr().err
+    for average in ("v2flow.training.ema.EMACallback", "lightning.pytorch.callbacks.EMAWeightAveraging"):
+        assert main(["fit", "--config", file, *strategy, f"--trainer.callbacks+={average}"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "option" in line]
+        assert f"option trainer.callbacks: {average.rpartition('.')[2]} cannot average weights" in line
+    tokenizer = write(experiment(write_shards(tmp_path), tmp_path), tmp_path / "tokenizer.yaml")
+    assert main(["fit", "--config", tokenizer, *strategy]) == 2
+    assert "option trainer.strategy: TokenizerModule is not sharded" in capsys.readouterr().err
 
 
 def test_no_group_of_parameters_is_empty(toys: Toys) -> None:

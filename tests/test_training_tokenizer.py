@@ -10,6 +10,7 @@ import pytest
 import torch
 from core_toys import pictures, small_config
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -23,6 +24,7 @@ from v2flow.config import (
 )
 from v2flow.errors import V2FlowError
 from v2flow.tokenizer import V2FlowTokenizer
+from v2flow.training.ddp import LOCAL_BUFFERS
 from v2flow.training.module import seeded_generator
 from v2flow.training.optimizer import OptimizerConfig, configure_adamw, parameter_groups
 from v2flow.training.tokenizer_module import TokenizerModule
@@ -313,6 +315,11 @@ def staged_module(alone: float) -> TokenizerModule:
     return TokenizerModule(small_config(velocity=velocity), OptimizerConfig(total_steps=4, warmup_steps=0))
 
 
+def everything(module: TokenizerModule) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that no checkpoint stores."""
+    return module.model.state_dict() | dict(module.model.named_buffers())
+
+
 def fit_rank(rank: int, folder: str, alone: float) -> None:
     """One of two gloo processes of Lightning's DDP: four steps on its half of the pictures."""
     import os
@@ -321,19 +328,25 @@ def fit_rank(rank: int, folder: str, alone: float) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
     os.environ.update(address | {"WORLD_SIZE": "2", "NODE_RANK": str(rank), "LOCAL_RANK": "0"})
     module = staged_module(alone)
+    broadcasts: list[bool] = []
+    look = LambdaCallback(
+        on_train_start=lambda trainer, _: broadcasts.append(trainer.model.broadcast_buffers)
+    )
     trainer = Trainer(
-        max_steps=4, accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=False,
+        max_steps=4, accelerator="cpu", devices=1, num_nodes=2, callbacks=[look], strategy=LOCAL_BUFFERS, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         use_distributed_sampler=False,
     )  # fmt: skip
     batches = [{"image": pictures(8, seed=step)[rank::2]} for step in range(4)]
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    torch.save(module.model.state_dict(), Path(folder, f"{rank}.pt"))
+    assert broadcasts == [False]
+    torch.save(everything(module), Path(folder, f"{rank}.pt"))
 
 
 @pytest.mark.parametrize("alone", [0.0, 0.5])
 def test_two_processes_stay_equal(alone: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a stage leaves parameters without gradients, for which other ranks would wait."""
+    """Also where a stage leaves parameters without gradients, for which other ranks would wait; buffers too, to the
+    bit, though nothing broadcasts them."""
     import socket
 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -343,9 +356,11 @@ def test_two_processes_stay_equal(alone: float, tmp_path: Path, monkeypatch: pyt
     torch.multiprocessing.spawn(fit_rank, (str(tmp_path), alone), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    start = staged_module(alone).model.state_dict()
+    start = everything(staged_module(alone))
     moved = {name for name, value in first.items() if not torch.equal(value, start[name])}
-    assert {"decoder.project.weight", "head.field.fine_output.2.weight", "visual_vocabulary.codes"} <= moved
+    assert {"decoder.project.weight", "head.field.fine_output.2.weight"} <= moved
+    assert {f"visual_vocabulary.{name}" for name in ("codes", "sums", "counts")} <= moved
+    assert {"head.residual_std", "head.residual_batches"} <= moved and "resampler.table" in first
 
 
 # --- it learns --------------------------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ def silence_lightning() -> None:
     # Lightning 2.6 calls older names of jsonargparse and of PyTorch's pytree.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", module="lightning")
+    # It says so whether the model is sharded or not; where it is, averaging is refused.
+    warnings.filterwarnings(
+        "ignore", message="You're using the WeightAveraging callback with a model that overrides"
+    )
     # Each run has a folder of its own; Lightning says this of the parent folder when it will save nothing.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
 

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
+import v2flow.training.ddp  # registers --trainer.strategy=ddp_local_buffers
 import v2flow.training.fsdp2  # noqa: F401 registers --trainer.strategy=fsdp2
 from v2flow.cli_exit_status import signals_in_trainer
 from v2flow.cli_experiment import data_module_class

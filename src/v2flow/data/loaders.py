@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from v2flow.data.batches import Batch, EvaluationBatches, Request, TrainBatches, too_many
 from v2flow.errors import V2FlowError, first_line
+from v2flow.ranks import nearest_batch
 
 _log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class TrainLoader:
         if self.total < self.global_batch:
             raise V2FlowError(
                 f"training shards: {self.total} samples are fewer than one batch of {self.global_batch}; "
-                "lower batch_size"
+                f"{nearest_batch(self.total, batch_size, ranks, 'data.batch_size')}"
             )
         self._repeat = repeat
         self._progress = progress

@@ -9,6 +9,8 @@ from v2flow.cli_experiment import TEXT_TO_IMAGE
 from v2flow.cli_training import TrainingCLI, experiment_cli
 from v2flow.data.shards import open_shards
 from v2flow.errors import V2FlowError
+from v2flow.ranks import nearest_batch
+from v2flow.training.ddp import BUFFER_OPTIONS, LOCAL_BUFFERS
 
 AUTO_DEVICES = 8
 """Devices of a node where the experiment says `auto`."""
@@ -32,6 +34,7 @@ class Experiment:
         nodes: of the run.
         bf16: whether it runs in mixed precision.
         ema: whether averaged weights are kept.
+        local_buffers: whether DDP leaves buffers to the ranks, and does not broadcast them before each step.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Experiment:
     nodes: int
     bf16: bool
     ema: bool
+    local_buffers: bool
 
     @property
     def text_to_image(self) -> bool:
@@ -99,7 +103,16 @@ def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         nodes=trainer.num_nodes,
         bf16=str(trainer.precision or "").startswith(("bf16", "16")),
         ema=any(callback.class_path.endswith("EMACallback") for callback in callbacks),
+        local_buffers=_local_buffers(trainer.strategy),
     )
+
+
+def _local_buffers(strategy: Any) -> bool:
+    """Whether a strategy, a name or a class with options, is a DDP that does not broadcast buffers."""
+    if isinstance(strategy, str):
+        return strategy == LOCAL_BUFFERS
+    options = strategy.init_args.as_dict() if "init_args" in strategy else {}
+    return any(options.get(name) is False for name in BUFFER_OPTIONS)
 
 
 def _steps(path: Path, max_steps: int, options: dict[str, Any]) -> int:
@@ -129,17 +142,10 @@ def check_global_batch(experiment: Experiment, batch_size: int, world: int) -> i
     if batch_size * world > samples:
         raise V2FlowError(
             f"{experiment.path}: {world} devices with {batch_size} samples each take {batch_size * world} a step, but "
-            f"its training shards hold {samples}; {_nearest(samples, batch_size, world)}"
+            f"its training shards hold {samples}; "
+            f"{nearest_batch(samples, batch_size, world, '--batch-size')}"
         )
     return samples
-
-
-def _nearest(samples: int, batch_size: int, world: int) -> str:
-    if samples >= world:
-        return (
-            f"use --batch-size {samples // world} or less, or {max(samples // batch_size, 1)} devices in all"
-        )
-    return f"use {max(samples // batch_size, 1)} devices in all"
 
 
 def _local(named: Any) -> bool:

@@ -133,20 +133,22 @@ class Traffic:
 
     Attributes:
         behind: while it computes: gradients, and under FSDP2 parameters.
-        before: while it waits: buffers that DDP hands out, and sums of codebook statistics.
+        before: while it waits: buffers where DDP broadcasts them, and sums of codebook statistics.
     """
 
     behind: float
     before: float
 
 
-def ddp_traffic(sizes: Sizes, devices: int) -> Traffic:
+def ddp_traffic(sizes: Sizes, devices: int, local_buffers: bool) -> Traffic:
     """A ring all-reduce of the gradients: each device sends 2·(n−1)/n of their bytes.
 
-    Before each forward pass DDP broadcasts all buffers, frozen tables too (its `broadcast_buffers`).
+    Args:
+        local_buffers: DDP does not broadcast all buffers, frozen tables too, before each forward pass.
     """
     ring = 2 * (devices - 1) / devices
-    return Traffic(ring * sizes.trained, (sizes.buffers if devices > 1 else 0) + ring * sizes.reduced)
+    broadcast = 0 if devices == 1 or local_buffers else sizes.buffers
+    return Traffic(ring * sizes.trained, broadcast + ring * sizes.reduced)
 
 
 def fsdp_traffic(sizes: Sizes, devices: int) -> Traffic:

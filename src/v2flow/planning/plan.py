@@ -187,7 +187,10 @@ def _strategy(
     name: str, experiment: Experiment, setting: Setting, sizes: Sizes, stages: Mapping[str, StepCost]
 ) -> Strategy:
     memory = _memory(name, setting, sizes, _activations(stages))
-    sent = ddp_traffic(sizes, setting.world) if name == "DDP" else fsdp_traffic(sizes, setting.world)
+    if name == "DDP":
+        sent = ddp_traffic(sizes, setting.world, experiment.local_buffers)
+    else:
+        sent = fsdp_traffic(sizes, setting.world)
     found = {}
     for stage, cost in stages.items():
         seconds = step_seconds(cost, setting.hardware, setting.bf16, setting.utilisation)
@@ -287,7 +290,8 @@ def _assumptions(experiment: Experiment, setting: Setting) -> list[str]:
     if setting.world > 1:
         found.append(
             f"links at {setting.bandwidth / 1e9:g} GB/s a device, the slowest nominal rate; gradients are sent during "
-            "backward, FSDP2's parameters a block ahead, DDP's buffers before each step"
+            "backward, FSDP2's parameters a block ahead"
+            + ("" if experiment.local_buffers else ", DDP's buffers before each step")
         )
         if not experiment.text_to_image:
             found.append("v2flow shards text-to-image models only: FSDP2 here says what sharding would bring")

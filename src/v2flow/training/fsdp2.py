@@ -6,9 +6,7 @@ from typing import Any, Optional
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.checkpoint import CheckpointException
 
 from v2flow.data.disk import disk_reason
@@ -47,25 +45,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Connects the ranks; the data is shared out over all of them.
-
-        Raises:
-            V2FlowError: the model is not one that is sharded, or its weights are averaged.
-        """
-        module: Any = self.lightning_module
-        if not is_overridden("configure_model", module):
-            raise V2FlowError(
-                f"option trainer.strategy: {type(module).__name__} is not sharded, only text-to-image models are; "
-                "use ddp"
-            )
-        averaging = [
-            callback for callback in module.trainer.callbacks if isinstance(callback, WeightAveraging)
-        ]
-        if averaging:
-            raise V2FlowError(
-                f"option trainer.callbacks: {type(averaging[0]).__name__} cannot average weights that are sharded; "
-                "leave it out, or use --trainer.strategy=ddp"
-            )
+        """Connects the ranks; the data is shared out over all of them."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 

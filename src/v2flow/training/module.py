@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from v2flow.config import to_dict
@@ -150,11 +151,15 @@ class ReconstructionModule(SeededModule):
         return None
 
     def setup(self, stage: str) -> None:
-        """Refuse cached latents that this model cannot be trained on, before anything is trained.
+        """Refuse cached latents that this model cannot be trained on, and sharding, before anything is trained.
 
         Raises:
-            V2FlowError: latents of another codec, or a loss on pixels.
+            V2FlowError: latents of another codec, a loss on pixels, or a strategy that shards.
         """
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise V2FlowError(
+                f"option trainer.strategy: {type(self).__name__} is not sharded, only text-to-image models are; use ddp"
+            )
         data = getattr(self.trainer, "datamodule", None)
         form = data.latents if stage == "fit" and isinstance(data, ShardDataModule) else None
         if form is None:

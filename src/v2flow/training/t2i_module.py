@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -64,7 +65,8 @@ class TextToImageModule(SeededModule):
         """Under ModelParallelStrategy, shares what learns out over the ranks.
 
         Raises:
-            V2FlowError: ranks that are to share one batch's tensors, Lightning's default, instead of the data.
+            V2FlowError: ranks that are to share one batch's tensors, Lightning's default, instead of the data; or
+                weights that are to be averaged as well.
         """
         if self.device_mesh is not None:
             ranks = self.device_mesh["tensor_parallel"].size()
@@ -73,6 +75,12 @@ class TextToImageModule(SeededModule):
                     f"option trainer.strategy.tensor_parallel_size: expected 1, found {ranks}; set it, and "
                     "data_parallel_size to the number of devices"
                 )
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):  # which calls this first, and would copy the shards
+                    raise V2FlowError(
+                        f"option trainer.callbacks: {type(callback).__name__} cannot average weights that are sharded; "
+                        "leave it out, or use --trainer.strategy=ddp"
+                    )
             shard_text_to_image(self.model, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
