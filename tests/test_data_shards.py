@@ -14,8 +14,8 @@ import pytest
 import webdataset
 from data_toys import numbered_shards
 
-from v2flow.data import http as v2http
 from v2flow.data import fetching
+from v2flow.data import http as v2http
 from v2flow.data.fetching import fetch_shard
 from v2flow.data.http import HttpLimits, open_http
 from v2flow.data.manifest import index_tar, write_manifest
