@@ -147,7 +147,9 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             # A residual is guided in the field alone: a mean without tokens would be the data's mean picture, whose
             # large errors drown what the tokens have to learn.
             residual = self.config.velocity.target == "residual"
-            condition = self.decoder(quantized.embeddings, positions, mask, None if residual else null, masked)
+            condition = self.decoder(
+                quantized.embeddings, positions, mask, None if residual else null, masked
+            )
         flow = self.head.loss(
             positions, condition, mask, generator, progress, null if residual else None, masked
         )
