@@ -1,13 +1,20 @@
 """What only a CUDA GPU can show; `make test-gpu`."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from core_toys import pictures
+from data_toys import numbered_shards
 
-from v2flow.config import TokenizerConfig, VocabularyConfig
+from v2flow.config import DecoderConfig, TokenizerConfig, VocabularyConfig
+from v2flow.data.batches import SampleReader, TrainBatches
+from v2flow.data.loaders import TrainLoader
+from v2flow.data.shards import open_shards
+from v2flow.masked_decoder import draw_mask
 from v2flow.tokenizer import V2FlowTokenizer
+from v2flow.vocabulary_logits import GumbelNoise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +60,26 @@ def test_the_compiled_field_gives_the_same_velocity(trained: V2FlowTokenizer) ->
     with torch.no_grad():
         expected, found = (f(x, t, condition, known) for f in (field, torch.compile(field)))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_masks_and_seeds_are_drawn_without_waiting_for_the_device() -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = [draw_mask(4, 64, DecoderConfig(), generator, torch.device("cuda")) for _ in range(3)]
+        seeds = {GumbelNoise.draw(1.0, generator).seed for _ in range(3)}
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seeds) == 3
+    for mask, masked in drawn:
+        assert mask.is_cuda and (mask.sum(1) == masked).all()
+
+
+def test_training_batches_are_in_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("V2FLOW_CACHE", str(tmp_path / "cache"))
+    reader = SampleReader(open_shards(numbered_shards(tmp_path / "shards", [4]), progress=False), 8)
+    (batch,) = TrainLoader(TrainBatches(reader, seed=0), batch_size=4)
+    assert batch["image"].is_pinned() and batch["image"].dtype == torch.float
 
 
 def test_a_training_step_is_faster_than_on_the_cpu(trained: V2FlowTokenizer) -> None:

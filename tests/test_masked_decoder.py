@@ -158,14 +158,14 @@ def test_checkpointing_does_nothing_in_evaluation(batch) -> None:
 
 def draw_counts(config: DecoderConfig, positions: int, draws: int, batch: int = 1) -> Tensor:
     g = torch.Generator().manual_seed(0)
-    masks = [draw_mask(batch, positions, config, g, torch.device("cpu")) for _ in range(draws)]
+    masks = [draw_mask(batch, positions, config, g, torch.device("cpu"))[0] for _ in range(draws)]
     return torch.stack([m.sum(1) for m in masks])
 
 
 def test_masks_of_a_batch_have_one_count_and_different_places() -> None:
     g = torch.Generator().manual_seed(3)
     for _ in range(50):
-        mask = draw_mask(8, POSITIONS, DecoderConfig(full_mask_share=0.0), g, torch.device("cpu"))
+        mask, _ = draw_mask(8, POSITIONS, DecoderConfig(full_mask_share=0.0), g, torch.device("cpu"))
         assert mask.dtype == torch.bool and mask.shape == (8, POSITIONS)
         count = mask.sum(1)
         assert (count == count[0]).all()
@@ -176,7 +176,7 @@ def test_masks_of_a_batch_have_one_count_and_different_places() -> None:
 def test_masked_places_are_uniform() -> None:
     g = torch.Generator().manual_seed(3)
     config = DecoderConfig(full_mask_share=0.0, mask_ratio=[0.5, 1e-4, 0.4])
-    share = draw_mask(4000, 10, config, g, torch.device("cpu")).float().mean(0)
+    share = draw_mask(4000, 10, config, g, torch.device("cpu"))[0].float().mean(0)
     # 4,000 draws: standard error 0.008. A ratio of 0.5001 masks 6 of 10 positions.
     assert ((share - share.mean()).abs() < 0.035).all()
 
@@ -206,9 +206,9 @@ def test_full_masks_have_their_share() -> None:
 
 def test_masks_depend_on_the_generator_alone() -> None:
     config = DecoderConfig()
-    a = draw_mask(4, 16, config, torch.Generator().manual_seed(5), torch.device("cpu"))
+    a, _ = draw_mask(4, 16, config, torch.Generator().manual_seed(5), torch.device("cpu"))
     torch.manual_seed(99)
-    b = draw_mask(4, 16, config, torch.Generator().manual_seed(5), torch.device("cpu"))
+    b, _ = draw_mask(4, 16, config, torch.Generator().manual_seed(5), torch.device("cpu"))
     assert torch.equal(a, b)
 
 

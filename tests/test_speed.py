@@ -91,14 +91,15 @@ def test_hooks_shares_under_a_fake_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     ticks = count()
     monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = hooks.hook_costs(TokenizerModule(small_config()), pictures(2), steps=3)
-    # A step is one look at the clock and two for each of six hooks of two callbacks.
-    assert found["step_seconds"]["median"] == 25
+    # A step is one look at the clock and two for each of six hooks of three callbacks.
+    assert found["step_seconds"]["median"] == 37
     assert {name: cost["share"]["median"] for name, cost in found["callbacks"].items()} == {
-        "HealthCallback": 6 / 25, "EMACallback": 6 / 25
+        "HealthCallback": 6 / 37, "EMACallback": 6 / 37, "RunProgressBar": 6 / 37
     }  # fmt: skip
     ema = found["callbacks"]["EMACallback"]["device_reads"]
     assert ema["ema.py:_average"] == 1 and sum(ema.values()) == 3, "its own and two of AveragedModel's"
     assert found["callbacks"]["HealthCallback"]["device_reads"] == {"health.py:_on_every_rank": 1}
+    assert found["callbacks"]["RunProgressBar"]["device_reads"] == {}
 
 
 def test_exponents_are_those_of_powers() -> None:
@@ -141,9 +142,9 @@ def recipe() -> V2FlowTokenizer:
 def replayed(model: V2FlowTokenizer, latents: Tensor, g: torch.Generator) -> Draws:
     """The package's draws of a step, and others at positions that it does not draw for."""
     config = model.config
-    noise = GumbelNoise.draw(1.0, g, CPU)
+    noise = GumbelNoise.draw(1.0, g)
     gumbel = noise.add_to(torch.zeros(BATCH * model.num_tokens, len(model.resampler.table)))
-    mask = draw_mask(BATCH, POSITIONS, config.decoder, g, CPU)
+    mask, _ = draw_mask(BATCH, POSITIONS, config.decoder, g, CPU)
     null = torch.rand(BATCH, generator=g) < config.decoder.null_probability
     masked = int(mask[0].sum())
     assert masked < POSITIONS, "some positions are visible: choose another seed"

@@ -4,6 +4,7 @@ import io
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,36 @@ def test_optimizer_options_are_checked() -> None:
     adamw = configure_adamw(nn.Linear(2, 2), OptimizerConfig(lr=0.1, betas=(0.8, 0.9), warmup_steps=0))
     assert adamw["optimizer"].defaults["betas"] == (0.8, 0.9)
     assert adamw["lr_scheduler"]["interval"] == "step"
+
+
+def test_the_optimiser_is_fused_where_that_helps() -> None:
+    layers = [nn.Linear(7, 5) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers = []
+    for layer, fused in zip(layers, (None, False), strict=True):
+        config = OptimizerConfig(lr=0.1, warmup_steps=0, total_steps=100, fused=fused)
+        optimizers.append(configure_adamw(layer, config)["optimizer"])
+    assert [bool(optimizer.defaults["fused"]) for optimizer in optimizers] == [True, False]
+    inputs = torch.randn(20, 3, 7, generator=torch.Generator().manual_seed(0))
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        for x in inputs:
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(*(layer.weight for layer in layers), atol=1e-5, rtol=1e-5)
+
+
+def test_the_optimiser_is_not_fused_where_gradients_are_scaled() -> None:
+    """Lightning could not clip them."""
+    module = make_module()
+    assert module.configure_optimizers()["optimizer"].defaults["fused"]
+    module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))  # type: ignore[assignment]
+    assert not module.configure_optimizers()["optimizer"].defaults["fused"]
+    module.optimizer_config.fused = True
+    with pytest.raises(
+        V2FlowError, match="optimizer.fused: true does not go with trainer.precision=16-mixed"
+    ):
+        module.configure_optimizers()
 
 
 # --- random draws -----------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import asdict
+from io import StringIO
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -15,6 +17,7 @@ from v2flow.benchmark.subject import CLIP
 from v2flow.training.ema import EMACallback
 from v2flow.training.health import HealthCallback
 from v2flow.training.module import ReconstructionModule
+from v2flow.training.progress import RunProgressBar
 
 HOOKS = (
     "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
@@ -65,15 +68,15 @@ def hook_costs(module: ReconstructionModule, images: Tensor, steps: int) -> dict
         `step_seconds` (spread) from the start of a step to that of the next, and for each callback `share` of it
         (spread) and `device_reads` a step.
     """
-    clock, callbacks = _Clock(), [HealthCallback(), EMACallback()]
+    clock, callbacks = _Clock(), [HealthCallback(), EMACallback(), RunProgressBar()]
     for callback in callbacks:
         clock.watch(callback)
     trainer = Trainer(
         accelerator="cpu", devices=1, max_steps=steps + 1, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=CLIP, log_every_n_steps=20,
-        callbacks=[clock, *callbacks],
+        enable_model_summary=False, gradient_clip_val=CLIP, log_every_n_steps=20, callbacks=[clock, *callbacks],
     )  # fmt: skip
-    trainer.fit(module, DataLoader([{"image": images}] * (steps + 1), batch_size=None))
+    with redirect_stderr(StringIO()):  # the bar writes as into a file
+        trainer.fit(module, DataLoader([{"image": images}] * (steps + 1), batch_size=None))
     periods = [b - a for a, b in zip(clock.starts, clock.starts[1:], strict=False)]
     rows = list(zip(periods, clock.seconds, strict=False))[WARMUP:]
     found = {

@@ -63,7 +63,7 @@ def draw_all(model: V2FlowTokenizer, latents: Tensor, generator: torch.Generator
     positions, config = latents[0, 0].numel(), model.config
     gumbel = torch.empty(batch, model.num_tokens, len(model.resampler.table), device=device)
     gumbel = -gumbel.exponential_(generator=generator).log()  # as torch.nn.functional.gumbel_softmax
-    mask = draw_mask(batch, positions, config.decoder, generator, device)
+    mask, _ = draw_mask(batch, positions, config.decoder, generator, device)
     null = torch.rand(batch, generator=generator, device=device) < config.decoder.null_probability
     rows = (config.velocity.draws * batch, positions)
     times = draw_timesteps(rows, config.velocity, generator, device)

@@ -102,6 +102,7 @@ class FlowHead(nn.Module):
     def loss(
         self, latents: PositionLatents, condition: Conditions, mask: PositionMask,
         generator: torch.Generator | None = None, progress: float = 1.0, null: PictureFlags | None = None,
+        masked: int | None = None,
     ) -> FlowLoss:  # fmt: skip
         """Loss on the masked positions of `latents [B, L, C]` given `condition [B, L, W]`, `mask [B, L]`.
 
@@ -110,11 +111,12 @@ class FlowHead(nn.Module):
                 the conditional mean keeps it (the other targets have their null in the decoder).
             progress: share of the training done. Where the field is to learn alone, its loss is zero until then
                 and the only one with a gradient afterwards.
+            masked: true entries of a row of the mask, where they are known; to count them is to wait for the device.
         """
         stage = self.config.stage(progress)
         if not self.field.joint:
             # One ratio a batch: every row has the same number of masked positions, gathered before the field.
-            count = int(mask[0].sum())
+            count = int(mask[0].sum()) if masked is None else masked
             index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
             latents, condition = gather_positions(latents, index), gather_positions(condition, index)
             mask = mask.gather(1, index)

@@ -20,6 +20,7 @@ from v2flow.arrays import (
     TokenStates,
 )
 from v2flow.config import DecoderConfig
+from v2flow.devices import host_generator
 from v2flow.transformer import KeysValues, Transformer, grid_positions, init_linear
 
 
@@ -85,6 +86,7 @@ class MaskedAutoregressiveDecoder(nn.Module):
         latents: PositionLatents,
         mask: PositionMask,
         null: PictureFlags | None = None,
+        masked: int | None = None,
     ) -> Conditions:
         """Conditions `[B, L, W]` for every position.
 
@@ -93,8 +95,9 @@ class MaskedAutoregressiveDecoder(nn.Module):
             latents: `[B, L, C]`; masked positions are not read.
             mask: `[B, L]` bool, true = to be predicted; the same number of true entries in every row.
             null: `[B]` bool, true where the tokens are replaced by the null embedding.
+            masked: true entries of a row of the mask, where they are known; to count them is to wait for the device.
         """
-        return self.conditions(self.read_tokens(tokens, null), latents, mask)
+        return self.conditions(self.read_tokens(tokens, null), latents, mask, masked)
 
     def read_tokens(self, tokens: TokenEmbeddings, null: PictureFlags | None = None) -> Prefix:
         """All that can be computed of tokens `[B, N, D]` and `null [B]`, see `forward`, before any latent is known."""
@@ -112,9 +115,12 @@ class MaskedAutoregressiveDecoder(nn.Module):
             decoder = self.decoder.read_prefix(states + self.decoder_token_positions)[1]
         return Prefix(embeddings, states, encoder, decoder)
 
-    def conditions(self, prefix: Prefix, latents: PositionLatents, mask: PositionMask) -> Conditions:
+    def conditions(
+        self, prefix: Prefix, latents: PositionLatents, mask: PositionMask, masked: int | None = None
+    ) -> Conditions:
         """`forward` of tokens that have been read."""
-        states, visible, index = self._encode(prefix, latents, mask)
+        masked = int(mask[0].sum()) if masked is None else masked
+        states, visible, index = self._encode(prefix, latents, mask, mask.shape[1] - masked)
         x = self.mask_token.to(states.dtype).expand(len(latents), latents.shape[1], -1)
         # An empty one too after a prefix of its own: under DDP the embedding of latents has to take part.
         if index.shape[1] or prefix.states is not None:
@@ -127,9 +133,10 @@ class MaskedAutoregressiveDecoder(nn.Module):
         x = torch.cat([states + self.decoder_token_positions, x], dim=1)
         return self.decoder(x)[:, states.shape[1] :]
 
-    def _encode(self, prefix: Prefix, latents: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder states of the prefix and of the visible latents, and the visible positions `[B, M]`."""
-        visible = mask.shape[1] - int(mask[0].sum())
+    def _encode(
+        self, prefix: Prefix, latents: Tensor, mask: Tensor, visible: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder states of the prefix and of the visible latents, and the visible positions `[B, visible]`."""
         # A stable sort puts the visible positions first, in order, without a data-dependent shape.
         index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
         known = latents.gather(1, index[..., None].expand(-1, -1, latents.shape[2]))
@@ -150,13 +157,14 @@ def token_above(token_grid: tuple[int, int], latent_grid: tuple[int, int]) -> To
 
 def draw_mask(
     batch: int, positions: int, config: DecoderConfig, generator: torch.Generator | None, device: torch.device
-) -> PositionMask:
-    """A training mask `[B, L]` bool: one ratio a batch, random positions a picture.
+) -> tuple[PositionMask, int]:
+    """A training mask `[B, L]` bool, and how many entries of each row are true: one ratio a batch, random positions a
+    picture.
 
     The ratio is 1 for `full_mask_share` of the batches, else from a normal distribution truncated to [min, 1].
     """
     mean, std, low = config.mask_ratio
-    full, level = torch.rand(2, generator=generator, device=device).tolist()
+    full, level = torch.rand(2, generator=host_generator(generator)).tolist()
     if full < config.full_mask_share:
         count = positions
     else:
@@ -165,7 +173,7 @@ def draw_mask(
         ratio = mean + std * float(normal.icdf(torch.tensor(a + level * (b - a))))
         count = min(max(math.ceil(positions * ratio), 1), positions)
     order = torch.rand(batch, positions, generator=generator, device=device).argsort(dim=1)
-    return order < count
+    return order < count, count
 
 
 def cosine_schedule(iterations: int, positions: int) -> list[int]:

@@ -130,7 +130,7 @@ class VisualVocabularyResampler(nn.Module):
             amplitude, temperature = self._schedule(progress)
             noise = None
             if self.training and amplitude > 0:
-                noise = GumbelNoise.draw(amplitude, generator, features.device)
+                noise = GumbelNoise.draw(amplitude, generator)
             return vocabulary_attention(
                 replace(logits, noise=noise, temperature=temperature),
                 self.table,

@@ -140,15 +140,19 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             # Health figures from the first pictures only: over the whole batch they would cost as much as the look-up.
             soft = self.resampler(latents, progress, generator, described=HEALTH_PICTURES)
             quantized = self.visual_vocabulary(soft.embeddings, generator)
-            mask = draw_mask(batch, positions.shape[1], self.config.decoder, generator, device)
+            mask, masked = draw_mask(batch, positions.shape[1], self.config.decoder, generator, device)
             null = (
                 torch.rand(batch, generator=generator, device=device) < self.config.decoder.null_probability
             )
             # A residual is guided in the field alone: a mean without tokens would be the data's mean picture, whose
             # large errors drown what the tokens have to learn.
             residual = self.config.velocity.target == "residual"
-            condition = self.decoder(quantized.embeddings, positions, mask, None if residual else null)
-        flow = self.head.loss(positions, condition, mask, generator, progress, null if residual else None)
+            condition = self.decoder(
+                quantized.embeddings, positions, mask, None if residual else null, masked
+            )
+        flow = self.head.loss(
+            positions, condition, mask, generator, progress, null if residual else None, masked
+        )
         total = flow.total + self.config.visual_vocabulary.commitment * quantized.commitment
         with torch.no_grad():
             agreement = self._agreement(soft.words, quantized.ids[:HEALTH_PICTURES])

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from v2flow.devices import host_generator
+
 BLOCK = {"cpu": (128, 512), "cuda": (1024, 4096)}
 """Tokens and entries of a block of noise, and of the smallest tile: small enough for a CPU's caches, large enough for a
 GPU to be worth its kernels."""
@@ -29,9 +31,9 @@ class GumbelNoise:
     amplitude: float
 
     @classmethod
-    def draw(cls, amplitude: float, generator: torch.Generator | None, device: torch.device) -> "GumbelNoise":
+    def draw(cls, amplitude: float, generator: torch.Generator | None) -> "GumbelNoise":
         """Noise whose seed is one draw of `generator`."""
-        return cls(int(torch.randint(1 << 32, (), generator=generator, device=device)), amplitude)
+        return cls(int(torch.randint(1 << 32, (), generator=host_generator(generator))), amplitude)
 
     def add_to(self, logits: Tensor, row: int = 0, column: int = 0) -> Tensor:
         """Add the noise to a tile `[n, v]` in place, whose corner, at the corner of a block, is (`row`, `column`)."""

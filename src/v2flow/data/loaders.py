@@ -126,12 +126,16 @@ def _leave_dead_workers_to_us() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _as_dict(batch: Batch) -> dict[str, Any]:
-    tensors = {
-        name: tensor.float().div_(255.0) if tensor.dtype == torch.uint8 else tensor
-        for name, tensor in batch.tensors.items()
-    }
+def _as_dict(batch: Batch, pinned: bool = False) -> dict[str, Any]:
+    tensors = {name: _numbers(tensor, pinned) for name, tensor in batch.tensors.items()}
     return {**tensors, "caption": batch.caption, "key": batch.key}
+
+
+def _numbers(tensor: torch.Tensor, pinned: bool) -> torch.Tensor:
+    """Pictures in [0, 1], and others as they are; in pinned memory, from which a GPU copies while it computes."""
+    if tensor.dtype != torch.uint8:
+        return tensor.pin_memory() if pinned else tensor
+    return torch.empty_like(tensor, dtype=torch.float, pin_memory=pinned).copy_(tensor).div_(255.0)
 
 
 class TrainLoader:
@@ -140,7 +144,8 @@ class TrainLoader:
 
     Global batch i of an epoch is positions i·G … (i+1)·G-1 of its order, G = batch_size · ranks; rank r has the
     r-th part. The last, partial global batch is dropped. The state is (seed, epoch, samples consumed by all
-    ranks); each pass is an epoch, and starts where a loaded state says.
+    ranks); each pass is an epoch, and starts where a loaded state says. Tensors are in pinned memory where there
+    is CUDA.
 
     Args:
         batches: what to serve.
@@ -193,7 +198,7 @@ class TrainLoader:
             self._workers = _Workers(self.batches, self._num_workers, self.batches.max_bad, persistent=True)
         for batch in self._workers.run(self._rest_of_epoch()):
             self._handed_out += 1
-            yield _as_dict(batch)
+            yield _as_dict(batch, pinned=torch.cuda.is_available())
         if tracker is None:
             self._set(self._epoch + 1, 0)
 

@@ -72,7 +72,13 @@ class SeededModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up; see `configure_adamw`."""
-        return configure_adamw(self.model, self.optimizer_config)
+        return configure_adamw(self.model, self.optimizer_config, scaled=self.scales_gradients)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a GradScaler stands before the optimiser; never without a trainer, where a step is measured."""
+        trainer = self._trainer
+        return trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
 
     def describe(self) -> dict[str, Any]:
         """Plain values that rebuild the model from a checkpoint, and the hashes of what the checkpoint leaves out."""

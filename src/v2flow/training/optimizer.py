@@ -1,9 +1,9 @@
 """AdamW as MAR-style models are trained: no decay on biases, norms and embeddings; warm-up, constant, decay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ class OptimizerConfig:
     """Steps of linear warm-up, counted in optimiser steps."""
     total_steps: int = 2000
     """Optimiser steps of the whole training; also the clock of the noise and temperature schedules."""
+    fused: Optional[bool] = None
+    """AdamW as one kernel, equal but for rounding; left out: on CPUs and CUDA GPUs, unless precision is 16-mixed."""
     decay_share: float = 0.3
     """Last share of the steps over which the rate falls linearly to a hundredth; 0 keeps it constant."""
 
@@ -38,6 +40,25 @@ class OptimizerConfig:
             raise V2FlowError(
                 f"option optimizer.decay_share: expected a share in [0, 1], found {self.decay_share}"
             )
+
+    def fuses(self, parameters: Iterable[nn.Parameter], scaled: bool) -> bool:
+        """Whether AdamW of these parameters is fused.
+
+        Args:
+            scaled: a GradScaler stands before the optimiser; Lightning cannot clip for a fused one then, whose step
+                undoes the scaling itself (`_step_supports_amp_scaling`).
+
+        Raises:
+            V2FlowError: it is asked for, and gradients are scaled.
+        """
+        if scaled and self.fused:
+            raise V2FlowError(
+                "option optimizer.fused: true does not go with trainer.precision=16-mixed, whose scaled gradients "
+                "could not be clipped; leave it out, or use bf16-mixed"
+            )
+        if self.fused is not None:
+            return self.fused
+        return not scaled and all(p.device.type in ("cpu", "cuda") for p in parameters)
 
     def factor(self, step: int, begin: float = 0.0, end: float = 1.0) -> float:
         """Learning rate at `step` as a share of the peak, for parameters that learn from the share `begin` of the
@@ -85,11 +106,19 @@ def parameter_groups(
 
 
 def configure_adamw(
-    module: nn.Module, config: OptimizerConfig, windows: Windows | None = None
+    module: nn.Module, config: OptimizerConfig, windows: Windows | None = None, scaled: bool = False
 ) -> dict[str, Any]:
-    """Lightning's answer to `configure_optimizers`: AdamW and a schedule that steps every optimiser step."""
+    """Lightning's answer to `configure_optimizers`: AdamW and a schedule that steps every optimiser step.
+
+    Args:
+        scaled: as of `OptimizerConfig.fuses`.
+    """
     groups = parameter_groups(module, config.weight_decay, windows)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    fused = config.fuses((p for group in groups for p in group["params"]), scaled)
+    # None where it is not: with False torch would leave its other fast way (foreach) as well.
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True if fused else None
+    )
     factors: list[Callable[[int], float]] = [
         partial(config.factor, begin=group["window"][0], end=group["window"][1]) for group in groups
     ]

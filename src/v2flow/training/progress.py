@@ -18,6 +18,10 @@ class SteadyBar(tqdm):
             self._time = time.monotonic
             self.start_t = self.last_print_t = self._time()
 
+    def due(self) -> bool:
+        """Whether `update` will draw the bar, if that moves it."""
+        return not self.disable and self._time() - self.last_print_t >= self.mininterval
+
 
 class RunProgressBar(ProgressBar):
     """Shows optimiser steps of the run, time left and the metrics logged with `prog_bar=True`.
@@ -30,8 +34,8 @@ class RunProgressBar(ProgressBar):
         super().__init__()
         self.log_interval = log_interval
         self._enabled = True
-        self._bar: Optional[tqdm] = None
-        self._evaluation: Optional[tqdm] = None
+        self._bar: Optional[SteadyBar] = None
+        self._evaluation: Optional[SteadyBar] = None
 
     def disable(self) -> None:
         """Shows nothing from now on."""
@@ -52,13 +56,18 @@ class RunProgressBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar and shows the newest figures."""
-        if self._bar is not None:
-            metrics = {
-                name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"
-            }
-            self._bar.set_postfix(metrics, refresh=False)
-            self._bar.update(trainer.global_step - self._bar.n)
+        """Moves the bar, and shows the newest figures where it is drawn: to read them is to wait for the device."""
+        bar, step = self._bar, trainer.global_step
+        if bar is None or step == bar.n:
+            return
+        if not bar.due() and step != bar.total:
+            bar.n = step
+            return
+        metrics = {
+            name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"
+        }
+        bar.set_postfix(metrics, refresh=False)
+        bar.update(step - bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the bars."""
@@ -104,7 +113,7 @@ class RunProgressBar(ProgressBar):
             self._evaluation.close()
             self._evaluation = None
 
-    def _make(self, name: str, total: Optional[int], initial: int = 0, leave: bool = True) -> tqdm:
+    def _make(self, name: str, total: Optional[int], initial: int = 0, leave: bool = True) -> SteadyBar:
         terminal = sys.stderr.isatty()
         return SteadyBar(
             desc=name,

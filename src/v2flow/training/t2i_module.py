@@ -10,6 +10,7 @@ from torch import Tensor
 
 from v2flow.config import to_dict
 from v2flow.data.tokens import source_of
+from v2flow.devices import host_generator
 from v2flow.errors import V2FlowError
 from v2flow.fingerprint import language_model_sha256
 from v2flow.t2i.build import build_text_to_image
@@ -138,7 +139,7 @@ class TextToImageModule(SeededModule):
 
     def drop_captions(self, captions: list[str], generator: torch.Generator) -> list[str | None]:
         """The captions, with None in place of a share `caption_dropout` of them."""
-        draws = torch.rand(len(captions), generator=generator, device=generator.device)
+        draws = torch.rand(len(captions), generator=host_generator(generator))
         dropped = (draws < self.config.caption_dropout).tolist()
         return [None if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
 

@@ -75,7 +75,8 @@ class TokenizerModule(ReconstructionModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule for each stage's parameters; see `configure_adamw`."""
-        return configure_adamw(self.model, self.optimizer_config, self.model.windows())
+        windows = self.model.windows()
+        return configure_adamw(self.model, self.optimizer_config, windows, self.scales_gradients)
 
     def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Terms for held-out pictures, as at the end of the training, with noise seeded by batch and rank."""
