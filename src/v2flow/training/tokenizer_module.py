@@ -8,6 +8,7 @@ from torch import Tensor
 from v2flow.config import TokenizerConfig
 from v2flow.decoding import decode_options
 from v2flow.tokenizer import TokenizerLosses, V2FlowTokenizer
+from v2flow.training.compilation import compile_parts
 from v2flow.training.module import ReconstructionModule, seeded_generator
 from v2flow.training.optimizer import OptimizerConfig, configure_adamw
 
@@ -20,6 +21,8 @@ class TokenizerModule(ReconstructionModule):
         optimizer: AdamW and its schedule.
         decode_modes: ways to decode that the metrics compare; default: one step, and ten Euler steps.
         seed: seed of every random draw of the training.
+        compile: run encoder, decoder and velocity field of the training under torch.compile; what cannot be compiled is
+            named in a warning and runs as without. Results change by rounding.
     """
 
     def __init__(
@@ -28,8 +31,10 @@ class TokenizerModule(ReconstructionModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         decode_modes: Optional[dict[str, dict[str, Any]]] = None,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__(optimizer, seed)
+        self._to_compile = compile
         self.decode_modes = decode_modes or {
             "one_step": {"steps": 1, "temperature": 0.0},
             "sampled": {"steps": 10},
@@ -64,6 +69,18 @@ class TokenizerModule(ReconstructionModule):
             "loss": losses.total, "mean": losses.mean, "flow": losses.flow, "commitment": losses.commitment,
             "token_entropy": losses.entropy, "soft_hard_agreement": losses.agreement,
         }  # fmt: skip
+
+    def on_train_start(self) -> None:
+        """Compiles, where that is asked for, what has not been yet."""
+        if not self._to_compile:
+            return
+        self._to_compile = False
+        # Not the look-up in the vocabulary: its tiles are in memory of their own, its noise from many generators.
+        # Dynamic only where each batch has another number of positions: inductor fails on symbolic sizes of the others.
+        encoder, field = self.model.resampler.encoder, self.model.head.field
+        compile_parts({"resampler.encoder": encoder}, dynamic=False)
+        compile_parts({"decoder": self.model.decoder}, dynamic=True)
+        compile_parts({"head.field": field}, dynamic=not field.joint)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss; on several ranks every parameter gets a gradient, if only zero."""
