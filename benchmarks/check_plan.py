@@ -58,7 +58,7 @@ def check(path: Path, batch_size: int | None, rounds: int) -> list[dict[str, Any
             hardware = this_cpu(measured_tflops(3), measured_bandwidth(3))
             estimates.append(step_seconds(cost, hardware, bf16=False, utilisation=1.0).step)
             seconds.append(seconds_of(partial(subject.step, stage, draw), CPU))
-        memory = ddp_memory(sizes, cost.activations, devices=1, foreach=False).total
+        memory = ddp_memory(sizes, cost.activations, devices=1).total
         measured = {"seconds": statistics.median(seconds), "bytes": subject.peak_memory(stage, 1)}
         estimated = {"seconds": statistics.median(estimates), "bytes": memory}
         rows.append({

@@ -217,7 +217,7 @@ def test_broken_file_is_one_line(visit: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture at all")
     upload(visit, str(broken))
-    alert = visit.wait_for_selector("#status [role=alert]")
+    alert = visit.wait_for_selector("#status [role=alert]:has-text('broken.png')")
     text = "broken.png: expected a JPEG, PNG or WebP picture, found: not a JPEG, PNG or WebP picture"
     assert alert.inner_text() == text
     assert visit.locator(".tokens").count() == 0 and notes(visit) == []

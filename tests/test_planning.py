@@ -123,7 +123,7 @@ def test_a_step_on_fake_tensors_costs_what_a_real_one_does(make: Callable[[], Re
     assert list(costs) == list(subject.stages)
     for stage, cost in costs.items():
         assert cost.flops == subject.flops(stage, 0)
-        estimated = ddp_memory(sizes, cost.activations, devices=1, foreach=False).total
+        estimated = ddp_memory(sizes, cost.activations, devices=1).total
         assert estimated == pytest.approx(subject.peak_memory(stage, 1), rel=0.25)
         assert cost.activations > 3 * trained_bytes(training.model), "not a matter of weights alone"
 
@@ -202,24 +202,20 @@ def test_parts_add_up() -> None:
 # --- strategies -------------------------------------------------------------------------------------------------
 
 
-SIZES = Sizes(
-    trained=800, whole=100, frozen=80, buffers=50, averaged=810, block=200, root=40, largest=30, reduced=10
-)
+SIZES = Sizes(trained=800, whole=100, frozen=80, buffers=50, averaged=810, block=200, root=40, reduced=10)
 
 
 def test_ddp_keeps_a_whole_copy_everywhere() -> None:
-    alone, many = (ddp_memory(SIZES, 1000, devices, foreach=False) for devices in (1, 8))
+    alone, many = (ddp_memory(SIZES, 1000, devices) for devices in (1, 8))
     # Weights, gradients, two means, average, frozen, activations.
     assert alone.total == 880 + 800 + 1600 + 810 + 150 + 1000
     assert many.total == alone.total + 800, "the buckets"
-    assert ddp_memory(SIZES, 10, 1, foreach=False).working == 2 * 30
-    assert ddp_memory(SIZES, 10, 1, foreach=True).working == 800
 
 
 def test_fsdp_shares_out_what_is_not_kept_whole() -> None:
-    found = fsdp_memory(SIZES, 1000, 8, foreach=False)
+    found = fsdp_memory(SIZES, 1000, 8)
     assert found.total == (880 + 800 + 1600 + 810) / 8 + 150 + 3 * 200 + 2 * 40 + 1000
-    assert fsdp_memory(SIZES, 1000, 1, foreach=False).total == ddp_memory(SIZES, 1000, 1, foreach=False).total
+    assert fsdp_memory(SIZES, 1000, 1).total == ddp_memory(SIZES, 1000, 1).total
 
 
 def test_bytes_on_the_links() -> None:

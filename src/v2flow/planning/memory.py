@@ -22,7 +22,6 @@ class Sizes:
         averaged: what weight averaging keeps a copy of.
         block: the largest part that FSDP2 gathers at a time.
         root: what it gathers for the whole step.
-        largest: the largest single parameter that learns.
         reduced: statistics that ranks add up in every step, beside gradients.
     """
 
@@ -33,7 +32,6 @@ class Sizes:
     averaged: int
     block: int
     root: int
-    largest: int
     reduced: int
 
 
@@ -57,7 +55,6 @@ def sizes_of(training: Training, ema: bool) -> Sizes:
         averaged=(bytes_of(learning) + bytes_of(persistent)) if ema else 0,
         block=max((bytes_of(block.parameters()) for block in training.blocks), default=0),
         root=bytes_of([p for p in sharded if id(p) not in in_blocks]),
-        largest=max((bytes_of([p]) for p in learning), default=0),
         reduced=sum(bytes_of([c.sums, c.counts]) for c in codebooks),
     )
 
@@ -73,7 +70,7 @@ class Memory:
         optimizer: AdamW's two means.
         ema: averaged weights.
         frozen: what every device keeps whole: codecs, tables, codebooks.
-        working: activations, or the optimiser's temporaries if they are more.
+        working: activations; AdamW is fused and has no temporaries.
         total: all of it.
     """
 
@@ -91,13 +88,10 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def ddp_memory(sizes: Sizes, activations: float, devices: int, foreach: bool) -> Memory:
+def ddp_memory(sizes: Sizes, activations: float, devices: int) -> Memory:
     """A whole copy of everything on each of `devices`.
 
     With more than one, DDP's buckets hold the gradients a second time (gradient_as_bucket_view is false by default).
-
-    Args:
-        foreach: AdamW takes all parameters at once, as on GPUs: its temporaries are as large as all of them.
     """
     return Memory(
         weights=sizes.trained + sizes.frozen,
@@ -106,11 +100,11 @@ def ddp_memory(sizes: Sizes, activations: float, devices: int, foreach: bool) ->
         optimizer=2 * sizes.trained,
         ema=sizes.averaged,
         frozen=sizes.whole + sizes.buffers,
-        working=max(activations, sizes.trained if foreach else 2 * sizes.largest),
+        working=activations,
     )
 
 
-def fsdp_memory(sizes: Sizes, activations: float, devices: int, foreach: bool) -> Memory:
+def fsdp_memory(sizes: Sizes, activations: float, devices: int) -> Memory:
     """Parameters, gradients, optimiser and average shared out over `devices`; one block gathered, the next on its way.
 
     The gradient of a block is whole before it is shared out; the root's parameters stay from a step's start to its end.
@@ -123,7 +117,7 @@ def fsdp_memory(sizes: Sizes, activations: float, devices: int, foreach: bool) -
         optimizer=2 * sizes.trained * own,
         ema=sizes.averaged * own,
         frozen=sizes.whole + sizes.buffers,
-        working=max(activations, (sizes.trained if foreach else 2 * sizes.largest) * own),
+        working=activations,
     )
 
 

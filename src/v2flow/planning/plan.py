@@ -211,7 +211,7 @@ def _memory(
     name: str, setting: Setting, sizes: Sizes, activations: float, world: int | None = None
 ) -> Memory:
     take = ddp_memory if name == "DDP" else fsdp_memory
-    return take(sizes, activations, world or setting.world, setting.hardware.name != CPU)
+    return take(sizes, activations, world or setting.world)
 
 
 def _verdict(
