@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from loopback import free_port
 from playwright.sync_api import sync_playwright
-from test_demo_browser import CHROMIUM, QUIET, done, free_port, upload
+from test_demo_browser import CHROMIUM, QUIET, done, upload
 
 from v2flow.demo.app import launch
 from v2flow.demo.session import load_session

@@ -1,4 +1,4 @@
-"""Connections to this machine alone: tests, and the commands that they start, must not use the network."""
+"""This machine alone: tests, and the commands that they start, must not use the network; and its free ports."""
 
 import socket
 from typing import Any
@@ -13,3 +13,10 @@ def connect_here(self: socket.socket, address: Any) -> None:
     if internet and not str(address[0]).startswith(LOOPBACK):
         raise RuntimeError(f"tests must not use the network, but one connects to {address[0]}")
     _connect(self, address)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,6 +1,9 @@
-"""A callback for tests of several processes, which run the command in processes of their own."""
+"""Trainings in processes of their own, and a callback that tells what each rank's losses were."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +35,13 @@ def losses(folder: Path, ranks: int) -> list[float]:
     found = [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
     assert ranks == 1 or found[0] != found[1], "no two ranks have the same samples"
     return [sum(step) / ranks for step in zip(*found, strict=True)]
+
+
+def fit(file: str, *options: str) -> str:
+    """Trains in processes of their own, which find this module; what they said."""
+    command = [sys.executable, "-m", "v2flow", "fit", "--config", file, *options]
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from loopback import connect_here
+from loopback import connect_here, free_port
 
 TRAINER = [
     "--trainer.max_steps=2",
@@ -86,13 +86,6 @@ def smaller(words: list[str]) -> list[str]:
         return [*words, "--pictures=4", "--retrieval-pictures=2", "--ways=2"]
     more = next((more for verb, more in WORDS.items() if tuple(words[: len(verb)]) == verb), [])
     return [*words, *(word.format(port=free_port()) for word in more)]
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def end_after_one_visit() -> None:

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from urllib.parse import urlparse
 
 import pytest
 from demo_toys import demo_baseline, demo_tokenizer, write_picture, write_text_to_image
+from loopback import free_port
 
 from v2flow.demo.filling import Frame
 from v2flow.demo.fragments import data_url
@@ -55,12 +55,6 @@ def address(session: Session) -> Iterator[str]:
     page, address = app.launch(session, "127.0.0.1", free_port(), max_upload=1, block=False)
     yield address
     page.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

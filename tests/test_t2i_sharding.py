@@ -1,14 +1,11 @@
 """FSDP2 on two CPU processes does what one process does, goes on exactly from a sharded checkpoint, and falls back."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from rank_losses import losses, rank_losses
+from rank_losses import fit, losses, rank_losses
 from t2i_training_toys import Toys
 from training_toys import experiment, write, write_shards
 
@@ -33,16 +30,6 @@ FOLDERS = (
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     return Toys(tmp_path_factory.mktemp("toys"))
-
-
-def fit(file: str, *options: str) -> str:
-    """Trains in processes of their own; what they said."""
-    command = [sys.executable, "-m", "v2flow", "fit", "--config", file, *options]
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
 
 
 def last(folder: Path, version: int) -> Path:

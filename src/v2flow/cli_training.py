@@ -26,8 +26,8 @@ from v2flow.cli_training_help import TrainingHelp
 from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import name_pictures_folder
 from v2flow.training.checkpoint import read_checkpoint
-from v2flow.training.checkpoint_files import newest_checkpoint, previous_of, usable_checkpoint
-from v2flow.training.checkpoint_folders import REST, check_sharded_checkpoint
+from v2flow.training.checkpoint_files import is_sharded, newest_checkpoint, previous_of, usable_checkpoint
+from v2flow.training.checkpoint_folders import check_sharded_checkpoint
 from v2flow.training.checkpoint_io import CheckedCheckpointIO
 from v2flow.training.data_module import ShardDataModule
 from v2flow.training.exhaustion import clear_exhaustion
@@ -206,12 +206,11 @@ def _checked(path: str) -> str:
 
     Some strategies read it themselves, and not through `CheckedCheckpointIO`.
     """
-    if Path(path).is_dir() and not previous_of(path).exists():
-        check_sharded_checkpoint(Path(path))  # which knows best what to say of another folder
-    found = usable_checkpoint(path)
+    other = Path(path).is_dir() and not is_sharded(path) and not previous_of(path).exists()
+    found = Path(path) if other else usable_checkpoint(path)
     if found.is_dir():
-        check_sharded_checkpoint(found)
-    read_checkpoint(found / REST if found.is_dir() else found)
+        check_sharded_checkpoint(found)  # which knows best what to say of another folder
+    read_checkpoint(found, mmap=found.is_dir())
     return str(found)
 
 

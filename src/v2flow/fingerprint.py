@@ -1,12 +1,23 @@
-"""SHA-256 names of models: what a checkpoint or a data set that leaves weights out belongs to."""
+"""SHA-256 of files, and names of models: what a checkpoint or a data set that leaves weights out belongs to."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 SAMPLED = 1 << 16  # values of a tensor that are looked at
+_BLOCK = 1 << 20
+
+
+def file_sha256(path: Path) -> str:
+    """Of all bytes of a file, which is read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], facts: Iterable[Any] = ()) -> str:

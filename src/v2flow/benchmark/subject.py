@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from v2flow.decode_modes import takes_generator
+from v2flow.planning.ledger import IN_PLACE
 from v2flow.training.module import ReconstructionModule, SeededModule, seeded_generator
 
 CLIP = 3.0
@@ -131,17 +132,22 @@ class Subject(TrainingSubject):
         return seconds
 
 
-def _addmm_(*args: Any, out_val: Any = None, **kwargs: Any) -> Any:
-    """FLOPs of the product in place, which torch does not count: vocabulary attention in tiles is made of it."""
-    return flop_registry[torch.ops.aten.addmm](*args, out_val=out_val, **kwargs)
+def _taking_tensors(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A formula of torch's own table for a counter, which gives to others shapes in place of tensors."""
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        return formula(*args, **kwargs)
+
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count
 
 
-_addmm_._get_raw = True  # type: ignore[attr-defined]  # the counter then gives it tensors, not their shapes
+_IN_PLACE = {operator: _taking_tensors(formula) for operator, formula in IN_PLACE.items()}
 
 
 def count_flops(action: Callable[[], Any]) -> int:
     """FLOPs of the matrix products and convolutions in a call, attention counted as the two products it is."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_})
+    counter = FlopCounterMode(display=False, custom_mapping=_IN_PLACE)
     with sdpa_kernel(SDPBackend.MATH), counter:
         action()
     return counter.get_total_flops()

@@ -196,9 +196,10 @@ class TrainLoader:
         self._handed_out = 0
         if self._workers is None:
             self._workers = _Workers(self.batches, self._num_workers, self.batches.max_bad, persistent=True)
+        pinned = torch.cuda.is_available()
         for batch in self._workers.run(self._rest_of_epoch()):
             self._handed_out += 1
-            yield _as_dict(batch, pinned=torch.cuda.is_available())
+            yield _as_dict(batch, pinned)
         if tracker is None:
             self._set(self._epoch + 1, 0)
 

@@ -103,24 +103,21 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool) -> KernelDistance:
             f"KID needs at least 3 pictures in each set, found {len(x)} and {len(y)}: add pictures"
         )
     sums = kernel_sums(x, y)
-    m, n = len(x), len(y)
-    within_x, within_y, between = sums.xx.sum(), sums.yy.sum(), sums.xy_rows.sum()
-    within = within_x / (m * (m - 1)) + within_y / (n * (n - 1))
-    value = (within - 2 * between / (m * n)).item()
-    left_x = (within_x - 2 * sums.xx) / ((m - 1) * (m - 2))
-    left_y = (within_y - 2 * sums.yy) / ((n - 1) * (n - 2))
     if not paired:
-        without_x = left_x - 2 * (between - sums.xy_rows) / ((m - 1) * n)
-        without_y = left_y - 2 * (between - sums.xy_columns) / (m * (n - 1))
-        return KernelDistance(
-            value, math.sqrt(_jackknife_variance(without_x) + _jackknife_variance(without_y)), None
-        )
+        without_x, without_y = _left_out(sums)
+        error = math.sqrt(_jackknife_variance(without_x) + _jackknife_variance(without_y))
+        return KernelDistance(_estimate(sums), error, None)
+    m, n = len(x), len(y)
     if sums.xy_pairs is None:
         raise ValueError(f"paired sets must be of one size, found {m} and {n}")
+    between = sums.xy_rows.sum()
     left_between = between - sums.xy_rows - sums.xy_columns + sums.xy_pairs
-    variance = _jackknife_variance(left_x + left_y - 2 * left_between / (m - 1) ** 2)
+    variance = _jackknife_variance(
+        _without_each(sums.xx) + _without_each(sums.yy) - 2 * left_between / (m - 1) ** 2
+    )
+    within = _within(sums.xx) + _within(sums.yy)
     u_statistic = within - 2 * (between - sums.xy_pairs.sum()) / (m * (m - 1))
-    return KernelDistance(value, math.sqrt(variance), u_statistic.item())
+    return KernelDistance(_estimate(sums), math.sqrt(variance), u_statistic.item())
 
 
 def kernel_difference(x: Tensor, near: Tensor, far: Tensor) -> tuple[float, float]:
@@ -132,16 +129,33 @@ def kernel_difference(x: Tensor, near: Tensor, far: Tensor) -> tuple[float, floa
     Args:
         x, near, far: features [m, d], [n, d] and [o, d], each independent of the others.
     """
-    m, x_means, variance, value = len(x), [], 0.0, 0.0
-    for sign, y in ((-1, near), (1, far)):
-        sums, n = kernel_sums(x, y), len(y)
-        between = sums.xy_rows.sum()
-        within_y = sums.yy.sum()
-        left = (within_y - 2 * sums.yy) / ((n - 1) * (n - 2))
-        variance += _jackknife_variance(left - 2 * (between - sums.xy_columns) / (m * (n - 1)))
-        x_means.append(sign * (between - sums.xy_rows) / ((m - 1) * n))
-        value += sign * (within_y / (n * (n - 1)) - 2 * between / (m * n)).item()
-    return value, math.sqrt(variance + _jackknife_variance(-2 * (x_means[0] + x_means[1])))
+    sums = kernel_sums(x, near), kernel_sums(x, far)
+    (near_x, near_y), (far_x, far_y) = map(_left_out, sums)
+    variance = sum(map(_jackknife_variance, (far_x - near_x, near_y, far_y)))
+    return _estimate(sums[1]) - _estimate(sums[0]), math.sqrt(variance)
+
+
+def _estimate(sums: KernelSums) -> float:
+    m, n = len(sums.xx), len(sums.yy)
+    return (_within(sums.xx) + _within(sums.yy) - 2 * sums.xy_rows.sum() / (m * n)).item()
+
+
+def _left_out(sums: KernelSums) -> tuple[Tensor, Tensor]:
+    """The estimate without each row of x `[m]`, and without each of y `[n]`, both up to what is the same for all."""
+    m, n, between = len(sums.xx), len(sums.yy), sums.xy_rows.sum()
+    without_x = _without_each(sums.xx) - 2 * (between - sums.xy_rows) / ((m - 1) * n)
+    without_y = _without_each(sums.yy) - 2 * (between - sums.xy_columns) / (m * (n - 1))
+    return without_x, without_y
+
+
+def _within(rows: Tensor) -> Tensor:
+    """Mean of the kernel within a set, of its row sums without the diagonal `[n]`."""
+    return rows.sum() / (len(rows) * (len(rows) - 1))
+
+
+def _without_each(rows: Tensor) -> Tensor:
+    """That mean without each picture of the set, `[n]`."""
+    return (rows.sum() - 2 * rows) / ((len(rows) - 1) * (len(rows) - 2))
 
 
 def _jackknife_variance(estimates: Tensor) -> float:

@@ -5,7 +5,6 @@ EfficientNet-Lite0 is registered with torch-fidelity, so `torch_fidelity.calcula
 "efficientnet-lite0-128", ...)` works on folders of PNGs as well. Its distances are never called rFID.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 
 from v2flow.errors import V2FlowError
+from v2flow.fingerprint import file_sha256
 
 EFFICIENTNET_RESOLUTIONS = {"efficientnet-lite0-128": 128, "efficientnet-lite0-224": 224}
 SMALL_PICTURE = 64
@@ -204,11 +204,7 @@ def weights_problem(path: Path, name: str) -> str | None:
     if not path.is_file():
         return f"weights file {path} not found"
     expected = Path(name).stem.rsplit("-", 1)[1]
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    found = digest.hexdigest()
+    found = file_sha256(path)
     if not found.startswith(expected):
         return f"weights file {path} is damaged or another file (SHA-256 {found[:8]}…, expected {expected}…)"
     return None

@@ -88,10 +88,14 @@ def _attention_backward(
     return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-_FORMULAS: dict[Any, Any] = {
-    # What torch has no formula for: the CPU's fused attention, and products that add to a tensor in place.
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+IN_PLACE: dict[Any, Any] = {
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
+}
+"""Products that add to a tensor in place, which torch has no formula for: attention in tiles is made of them."""
+_FORMULAS: dict[Any, Any] = {
+    # Nor has it one for the CPU's fused attention.
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **IN_PLACE,
 }

@@ -24,7 +24,7 @@ from v2flow.hub import (
     read_weights,
 )
 from v2flow.llm import load_vocabulary
-from v2flow.training.checkpoint_files import damage, usable_checkpoint
+from v2flow.training.checkpoint_files import REST, damage, usable_checkpoint
 from v2flow.training.own_tokenizer import is_own, load_own
 
 if TYPE_CHECKING:
@@ -37,20 +37,21 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     A damaged file gives way to the one that it replaced, with one warning; see `usable_checkpoint`.
 
     Args:
-        mmap: leave the tensors on disk until they are used: for a look at what a checkpoint says of itself. The file's
-            checksum is not computed.
+        mmap: leave the tensors on disk until they are used, those of a sharded checkpoint for good: for a look at what
+            a checkpoint says of itself. The file's checksum is not computed.
 
     Raises:
         V2FlowError: missing, damaged, holding other objects than tensors and plain types, or somebody else's.
     """
     path = usable_checkpoint(path, partial(damage, quick=mmap))
     try:
-        if path.is_dir():
+        if path.is_dir() and not mmap:
             from v2flow.training.checkpoint_folders import read_sharded
 
             checkpoint = read_sharded(path)
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            file = path / REST if path.is_dir() else path
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except V2FlowError:
         raise
     except Exception as error:  # a file of somebody else's may raise anything

@@ -22,8 +22,8 @@ from v2flow.errors import V2FlowError
 
 _log = logging.getLogger(__name__)
 
-METADATA = ".metadata"
-"""The file by which PyTorch knows a sharded checkpoint's folder."""
+METADATA, REST = ".metadata", "meta.pt"
+"""Of a sharded checkpoint's folder: the file by which PyTorch knows it, and Lightning's for what is in no shard."""
 
 _MARK = b"v2flow-sha256:"
 _COMMENT = len(_MARK) + 64
@@ -63,12 +63,16 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         reason = disk_reason(error)
         if reason is None:
             raise
-        left = f"; {path} is the one before it" if path.is_file() else ""
-        raise V2FlowError(
-            f"{path}: the checkpoint cannot be written: {reason}{left}; make room there and go on with "
-            "--ckpt_path last"
-        ) from error
+        raise not_written(path, reason) from error
     _sound.add(_identity(path))
+
+
+def not_written(path: Path, reason: str) -> V2FlowError:
+    """The line about a checkpoint that a disk has refused; what `path` holds is the one before it."""
+    left = f"; {path} is the one before it" if path.exists() else ""
+    return V2FlowError(
+        f"{path}: the checkpoint cannot be written: {reason}{left}; make room there and go on with --ckpt_path last"
+    )
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

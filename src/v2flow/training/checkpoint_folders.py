@@ -4,7 +4,6 @@
 into the shards (``*.distcp``). It loads both as pickles, whatever they say; Lightning's ``meta.pt`` holds the rest.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -20,12 +19,12 @@ from torch.distributed.checkpoint import metadata as parts
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from v2flow.errors import V2FlowError, first_line
-from v2flow.training.checkpoint_files import METADATA, previous_of, sync_folder
+from v2flow.fingerprint import file_sha256
+from v2flow.training.checkpoint_files import METADATA, REST, previous_of, sync_folder
 
-REST, SEAL = "meta.pt", "checksums.json"
+SEAL = "checksums.json"
 _LARGEST = 1 << 24
 """Bytes of one value that is no tensor: options of an optimiser have hundreds."""
-_BLOCK = 1 << 20
 _CLASSES = (
     parts.Metadata, parts.MetadataIndex, parts.StorageMeta, parts.TensorStorageMetadata, parts.BytesStorageMetadata,
     parts.ChunkStorageMetadata, parts.TensorProperties, parts._MEM_FORMAT_ENCODING, _StorageInfo, torch.Size,
@@ -46,7 +45,7 @@ def sums_of(folder: Path, rank: int) -> Sums:
     for path in own:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        found[path.name] = path.stat().st_size, _sha256(path)
+        found[path.name] = path.stat().st_size, file_sha256(path)
     return found
 
 
@@ -99,17 +98,9 @@ def folder_damage(folder: Path, quick: bool = False, rank: int = 0, ranks: int =
         path = folder / Path(name).name
         if not path.is_file() or path.stat().st_size != size:
             return f"its {name} is cut short"
-        if not (quick and name.startswith("__")) and _sha256(path) != digest:
+        if not (quick and name.startswith("__")) and file_sha256(path) != digest:
             return f"the checksum of its {name} is wrong"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -10,8 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint import CheckpointException
 
 from v2flow.data.disk import disk_reason
-from v2flow.errors import V2FlowError
-from v2flow.training.checkpoint_files import damage, usable_checkpoint
+from v2flow.training.checkpoint_files import damage, not_written, usable_checkpoint
 from v2flow.training.checkpoint_folders import (
     check_sharded_checkpoint,
     folder_damage,
@@ -71,9 +70,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             reason = _reason(error)
             if reason is None:
                 raise
-            raise V2FlowError(
-                f"{path}: the checkpoint cannot be written: {reason}; make room there and go on with --ckpt_path last"
-            ) from error
+            raise not_written(path, reason) from error
         gathered = self._gather(sums_of(part, self.global_rank))
         if self.global_rank == 0:
             seal_folder(part, path, {name: value for sums in gathered for name, value in sums.items()})
