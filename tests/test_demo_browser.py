@@ -33,6 +33,9 @@ QUIET = [
 ]  # fmt: skip
 SECONDS = 30_000
 """Milliseconds that a step of a visitor may take on a busy machine."""
+CLEARED = """!document.querySelector('#pictures figure') &&
+    ['', 'Choose a picture first.'].includes(document.querySelector('#status').innerText.trim())"""
+"""Nothing of the last picture is left; a decode that still waited for its turn may have said that it has none."""
 WORD = "{{#if x}}${window.broken = 1}<b>"
 """Real vocabularies hold pieces of templates and markup; here each word begins with them."""
 
@@ -87,7 +90,7 @@ def upload(page: Any, path: str) -> None:
     if clear.count():
         clear.click()
         page.wait_for_selector("#upload input[type=file]", state="attached")
-        page.wait_for_function("!document.querySelector('#status').innerText.trim()")
+        page.wait_for_function(CLEARED)
     page.set_input_files("#upload input[type=file]", path)
 
 
@@ -220,15 +223,26 @@ def test_broken_file_is_one_line(visit: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_cleared_stays_cleared(visit: Any, picture: str) -> None:
-    """A picture that is being decoded when its file is taken away does not come back."""
+    """A picture that is being decoded when its file is taken away does not come back, nor does one that waits."""
     upload(visit, picture)
     done(visit)
     set_slider(visit, "ODE steps", 50)
     visit.wait_for_selector("#status:has-text('Decoding')")
+    visit.click("#reconstruct")
     visit.click("#upload button[aria-label='Clear']")
-    visit.wait_for_function("!document.querySelector('#status').innerText.trim()")
+    visit.wait_for_selector("#status [role=alert]:has-text('Choose a picture first.')")  # of the one that waited
     visit.wait_for_timeout(3_000)
-    assert visit.inner_text("#status").strip() == "" and visit.locator("#pictures figure").count() == 0
+    assert visit.locator("#pictures figure").count() == 0
+
+
+def test_a_last_frame_on_its_way_is_taken_back(session: Session, picture: str) -> None:
+    """A page may be cleared after the last frame was made and before its visitor sees it."""
+    page, reading = app.Page(session, max_upload=1), session.read(picture)
+    frames = page.on_reconstruct(reading, 0, 1, 1, 1.0)
+    while "Done." not in next(frames)[0]:
+        pass
+    page.on_clear(reading)
+    assert list(frames) == [("", "")]
 
 
 def test_too_large_a_file_is_refused(visit: Any, tmp_path: Path) -> None:

@@ -121,8 +121,7 @@ class Page:
             others = [] if beside is None else [self._result(reading, beside, self._baseline_title())]
             for frame in self.session.reconstruct(reading, options, int(seed or 0)):
                 if reading.dropped.is_set():
-                    yield "", ""
-                    return
+                    break
                 note = (
                     self._result(reading, frame, self.title)
                     if frame.done
@@ -132,6 +131,8 @@ class Page:
                 yield message(status), gallery([self._original(reading), note, *others])
         except V2FlowError as error:
             yield message(str(error), mistake=True), gallery([self._original(reading)])
+        if reading.dropped.is_set():  # here too, as the last frame may have been on its way when the page was cleared
+            yield "", ""
 
     def on_token(self, reading: Reading | None, event: gr.EventData) -> str:
         """The distribution of the token that was chosen."""
