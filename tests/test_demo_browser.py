@@ -230,7 +230,9 @@ def test_what_is_cleared_stays_cleared(visit: Any, picture: str) -> None:
     visit.wait_for_selector("#status:has-text('Decoding')")
     visit.click("#reconstruct")
     visit.click("#upload button[aria-label='Clear']")
-    visit.wait_for_selector("#status [role=alert]:has-text('Choose a picture first.')")  # of the one that waited
+    visit.wait_for_selector(
+        "#status [role=alert]:has-text('Choose a picture first.')"
+    )  # of the one that waited
     visit.wait_for_timeout(3_000)
     assert visit.locator("#pictures figure").count() == 0
 

@@ -131,7 +131,9 @@ class Page:
                 yield message(status), gallery([self._original(reading), note, *others])
         except V2FlowError as error:
             yield message(str(error), mistake=True), gallery([self._original(reading)])
-        if reading.dropped.is_set():  # here too, as the last frame may have been on its way when the page was cleared
+        if (
+            reading.dropped.is_set()
+        ):  # here too, as the last frame may have been on its way when the page was cleared
             yield "", ""
 
     def on_token(self, reading: Reading | None, event: gr.EventData) -> str:
