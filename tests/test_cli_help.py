@@ -10,8 +10,8 @@ from v2flow.cli import TRAINING_VERBS, build_parser, main
 from v2flow.cli_completion import verbs_of
 
 REPORTING = {
-    "data openmoji", "data folder", "data validate", "data domains", "data shapes", "data tokens", "data latents",
-    "evaluate", "reconstruct", "benchmark", "plan",
+    "data openmoji", "data folder", "data cifar10", "data validate", "data domains", "data shapes", "data tokens",
+    "data latents", "evaluate", "reconstruct", "benchmark", "plan",
 }  # fmt: skip
 """Verbs of our own parser that report figures; `fit`, `validate` and `test` do as well."""
 

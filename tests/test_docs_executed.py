@@ -55,6 +55,7 @@ PLANS = "test_cli_plan.py::test_every_experiment_is_planned_without_weights_or_d
 THIS_MACHINE = "test_cli_plan.py::test_options_change_what_they_say"
 PAGE = "test_demo_browser.py::test_upload_shows_tokens_and_pictures"
 REFERENCE = "test_experiments.py::test_reference_is_the_papers_size"
+ARCHIVE = "test_data_cifar10.py::test_each_picture_is_there_once_under_its_class"
 NETWORK = "installs from the network, which only CI does; its make targets do the same"
 ELSEWHERE: list[tuple[str, str, str]] = [
     (r"make test-gpu$", "needs a CUDA GPU", "test_gpu.py::test_ids_agree_with_the_cpu"),
@@ -97,6 +98,7 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ),
     (r"v2flow fit .*imagenet-256.* --data\.crop center$", "needs an autoencoder's weights", LATENT_TRAINING),
     (r"export V2FLOW_SHARDS=|export TOKENIZER=", "names files at the paper's size", REFERENCE),
+    (r"v2flow data cifar10 ", "needs an archive of 170 MB", ARCHIVE),
     (r"v2flow data validate \"\$V2FLOW_SHARDS\"", "the paper's pictures", PROBLEMS),
     (r"v2flow fit .*reference-512\.yaml .*fast_dev_run", "needs DC-AE's and LLaMA-2's weights", REFERENCE),
     (r"v2flow export checkpoints/reference", "needs a run at the paper's size", EXPORT),

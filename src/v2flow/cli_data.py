@@ -17,6 +17,7 @@ def add_data_verbs(verbs: Any) -> None:
     kinds = data.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_openmoji(kinds)
     _add_folder(kinds)
+    _add_cifar10(kinds)
     _add_domains(kinds)
     _add_shapes(kinds)
     _add_tokens(kinds)
@@ -66,6 +67,14 @@ def _add_folder(kinds: Any) -> None:
     parser.add_argument("--max-bad", type=int, metavar="N", help="more undecodable pictures are an error")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write counts and bad pictures here")
+
+
+def _add_cifar10(kinds: Any) -> None:
+    parser = _add_kind(kinds, "cifar10", run_cifar10, "CIFAR-10 from the archive that its authors offer")
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="cifar-10-binary.tar.gz")
+    default = Path("data/cifar10")
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: data/cifar10")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
 
 
 def _add_domains(kinds: Any) -> None:
@@ -136,8 +145,7 @@ def run_openmoji(options: argparse.Namespace) -> None:
     from v2flow.data.openmoji import build_openmoji
 
     counts = build_openmoji(options.out, options.size, options.processes, options.limit)
-    _write(options.json, {"samples": counts})
-    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
+    _report_counts(options, counts)
 
 
 def run_folder(options: argparse.Namespace) -> None:
@@ -159,6 +167,13 @@ def run_folder(options: argparse.Namespace) -> None:
     print(f"{report}\n{options.out}")
 
 
+def run_cifar10(options: argparse.Namespace) -> None:
+    """`v2flow data cifar10`."""
+    from v2flow.data.cifar10 import build_cifar10
+
+    _report_counts(options, build_cifar10(options.archive, options.out))
+
+
 def run_domains(options: argparse.Namespace) -> None:
     """`v2flow data domains`."""
     from v2flow.data.domains import build_domains
@@ -177,8 +192,7 @@ def run_tokens(options: argparse.Namespace) -> None:
         options.checkpoint, options.data, options.out, options.batch_size, options.workers, options.allow_pipe,
         options.views,
     )  # fmt: skip
-    _write(options.json, {"samples": counts})
-    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
+    _report_counts(options, counts)
 
 
 def run_shapes(options: argparse.Namespace) -> None:
@@ -194,8 +208,7 @@ def run_shapes(options: argparse.Namespace) -> None:
         seed=options.seed,
         level=options.held_out,
     )
-    _write(options.json, {"samples": counts})
-    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
+    _report_counts(options, counts)
 
 
 def run_validate(options: argparse.Namespace) -> None:
@@ -214,6 +227,11 @@ def run_validate(options: argparse.Namespace) -> None:
             f"shards: {len(report.bad_shards)} bad shards, {len(report.bad_members)} bad members, "
             f"{len(report.duplicate_keys)} duplicate keys in {report.samples} samples; see the list above"
         )
+
+
+def _report_counts(options: argparse.Namespace, counts: dict[str, int]) -> None:
+    _write(options.json, {"samples": counts})
+    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f": {options.out}")
 
 
 def _write(path: Path | None, value: dict[str, Any]) -> None:
