@@ -37,6 +37,8 @@ SUITE_DATA += $(shell grep -qs "probes:.*domains" "$(SUITE)" && echo $(DOMAINS))
 CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
 # What `make demo` draws captions with: the newest run of the text-to-image experiment, if there is one.
 PAINTER ?= $(shell ls -t checkpoints/t2i/$(basename $(notdir $(EXPERIMENT_T2I)))/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
+# What `make demo` sets beside the tokenizer: the newest VQ autoencoder of the same pictures, if there is one.
+BASELINE ?= $(shell ls -t checkpoints/$(NAME)-vq/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
 PICTURES := $(or $(V2FLOW_DATA),$(if $(wildcard ../shared/data),../shared/data,data))
 SHARDS ?= $(if $(DATA),$(dir $(DATA))test-*.tar,$(if $(findstring cifar10,$(NAME)),$(PICTURES)/cifar10/test-{000000..000001}.tar))
 
@@ -95,7 +97,8 @@ evaluate: experiment-exists $(VENV)/.installed-cli $(DATA) checkpoint-exists
 	  $(if $(DATA),--floors-train "$(dir $(DATA))train-*.tar") $(ARGS)
 
 demo: checkpoint-exists $(VENV)/.installed-demo
-	$(V2FLOW) demo "$(CHECKPOINT)" $(if $(PAINTER),--text-to-image "$(PAINTER)") $(ARGS)
+	$(V2FLOW) demo "$(CHECKPOINT)" $(if $(PAINTER),--text-to-image "$(PAINTER)") \
+	  $(if $(BASELINE),--baseline "$(BASELINE)") $(ARGS)
 
 benchmark: suite-exists $(VENV)/.installed-benchmark $(SUITE_DATA)
 	$(V2FLOW) benchmark "$(SUITE)" $(ARGS)
