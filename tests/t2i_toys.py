@@ -8,6 +8,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     PhiConfig,
     PretrainedConfig,
@@ -17,7 +18,7 @@ from transformers import (
 from v2flow.t2i.small_llm import train_caption_llm_tokenizer
 
 CAPTIONS = ["a red strawberry", "two green apples", "a dog beside a red house", "the moon above the sea"]
-FAMILIES = ["gemma2", "gemma3", "llama", "llama-tied", "qwen2", "phi", "gpt2"]
+FAMILIES = ["gemma2", "gemma3", "llama", "llama-tied", "qwen2", "phi", "gpt2", "gpt-neox"]
 WIDTH, HEADS, LAYERS = 32, 2, 2
 
 
@@ -44,6 +45,9 @@ def tiny_config(family: str, vocab_size: int, layers: int = LAYERS) -> Pretraine
         return Qwen2Config(**common, tie_word_embeddings=False)
     if family == "phi":
         return PhiConfig(**common | {"num_key_value_heads": HEADS})
+    if family == "gpt-neox":
+        del common["num_key_value_heads"]
+        return GPTNeoXConfig(**common, tie_word_embeddings=True, use_parallel_residual=False)
     return GPT2Config(
         vocab_size=vocab_size, n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_positions=128,
         bos_token_id=0, eos_token_id=1,

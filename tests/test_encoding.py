@@ -17,6 +17,7 @@ RESAMPLERS = {
     "none": {"readout": "none", "key_dim": 6},
     "in tiles": {"memory_budget_mb": 1},
     "hard": {"readout": "linear", "hard": True},
+    "patches alone": {"depth": 0, "token_grid": [4, 4]},
 }
 
 
@@ -57,6 +58,27 @@ def test_ids_are_those_of_double_precision(name: str, recomputed: list[int]) -> 
     ids = encode_ids(model.resampler, codes, latents)
     assert sum(recomputed) == 96 * 8 if name == "hard" else sum(recomputed) < 24
     assert torch.equal(ids, double_ids(model.resampler, codes, latents)) and len(ids.unique()) > 5
+
+
+def test_equal_patches_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens without convolutions one of each kind; the ids are those of all."""
+    model = small_model(depth=0, token_grid=[4, 4])
+    images = pictures(8, seed=7)
+    images[:, :, :8] = 1.0  # the upper half is white
+    images[4:] = images[:4]
+    latents, codes = model.codec.encode(images), model.visual_vocabulary.codes
+    computed: list[int] = []
+
+    def counting(*words: object, **options: object) -> SoftDistribution:
+        found = soft_tokens(*words, **options)  # type: ignore[arg-type]
+        computed.append(found.embeddings[..., 0].numel())
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(v2flow.encoding, "soft_tokens", counting)
+        ids = encode_ids(model.resampler, codes, latents)
+    assert computed[0] == 1 + 4 * 8 and torch.equal(ids, double_ids(model.resampler, codes, latents))
+    assert len(ids.unique()) > 5 and torch.equal(ids[4:], ids[:4]) and len(ids[:, :8].unique()) == 1
 
 
 def test_a_token_between_two_codes_is_computed_in_double(recomputed: list[int]) -> None:

@@ -17,6 +17,7 @@ from v2flow.cli_training import build_experiment
 from v2flow.config import from_dict
 from v2flow.t2i import build
 from v2flow.t2i.config import TextToImageConfig
+from v2flow.t2i.small_llm import PREFIXES
 from v2flow.training.t2i_module import TextToImageModule
 from v2flow.training.token_data_module import TokenDataModule
 
@@ -82,7 +83,7 @@ def test_experiment_is_built(path: Path, toys: Toys, tmp_path: Path, monkeypatch
         return tiny_llm("gemma3", len(words)), words
 
     text_to_image = yaml.safe_load(path.read_text())["model"]["init_args"]["text_to_image"]
-    from_scratch = text_to_image["llm"].startswith("gpt2-style:")
+    from_scratch = text_to_image["llm"].startswith(PREFIXES)
     if not from_scratch:
         monkeypatch.setattr(build, "load_language_model", load)
     folder = tmp_path / "tokenizer"

@@ -18,7 +18,7 @@ from v2flow.t2i.extension import (
     visual_token,
 )
 from v2flow.t2i.language_model import load_language_model
-from v2flow.t2i.small_llm import train_caption_llm_tokenizer
+from v2flow.t2i.small_llm import PREFIXES, train_caption_llm_tokenizer
 
 K = 16
 TOKENIZER_LENGTH = len(tiny_tokenizer())
@@ -178,15 +178,27 @@ def test_random_weights_depend_on_the_seed_and_nothing_else(tmp_path: Path) -> N
     assert not torch.equal(found[0], whole.get_output_embeddings().weight)
 
 
-def test_the_small_llm_spells_every_caption_and_text_it_never_saw() -> None:
-    model, tokenizer = load_language_model("gpt2-style:tiny", captions=CAPTIONS, layers=1)
-    assert model.config.n_layer == 1 and model.config.vocab_size == len(tokenizer) < 4096
+@pytest.mark.parametrize("style", PREFIXES)
+def test_the_small_llm_spells_every_caption_and_text_it_never_saw(style: str) -> None:
+    model, tokenizer = load_language_model(f"{style}tiny", captions=CAPTIONS, layers=1)
+    assert model.config.num_hidden_layers == 1 and model.config.vocab_size == len(tokenizer) < 4096
     for text in [*CAPTIONS, "zebra, 東京 & 🍓"]:
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
         assert model(input_ids=torch.tensor([ids])).logits.shape == (1, len(ids), len(tokenizer))
     assert len(tokenizer(CAPTIONS[0]).input_ids) == 4  # <bos> and three whole words
     assert train_caption_llm_tokenizer(CAPTIONS).get_vocab() == tokenizer.get_vocab()
+
+
+@torch.no_grad()
+def test_a_small_llm_with_rotary_positions_knows_no_place_but_the_distance() -> None:
+    """What it says of a sequence is the same at later positions, which GPT-2's is not."""
+    for style, same in (("gpt2-style:", False), ("neox-style:", True)):
+        model, tokenizer = load_language_model(f"{style}tiny", captions=CAPTIONS)
+        ids = tokenizer(CAPTIONS[:1], return_tensors="pt").input_ids
+        here = torch.arange(ids.shape[1])[None]
+        logits = [model(input_ids=ids, position_ids=here + start).logits for start in (0, 9)]
+        assert torch.allclose(*logits, atol=1e-5) == same
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "llama-tied": gguf.MODEL_ARCH.LLAMA,
     "phi": gguf.MODEL_ARCH.PHI2,
     "gpt2": gguf.MODEL_ARCH.GPT2,
+    "gpt-neox": gguf.MODEL_ARCH.GPTNEOX,
 }
 """Families, and llama.cpp's names. Not Qwen2: transformers gives it Qwen's own tokenizer, whatever a folder holds."""
 FREQUENCY = 5000.0  # of rotary positions; no family's default

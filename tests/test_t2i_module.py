@@ -128,7 +128,7 @@ def test_too_many_blocks_are_refused() -> None:
 
 
 def test_the_whole_vocabulary_every_so_often_has_the_share_that_was_asked_for(toys: Toys) -> None:
-    """Every fourth step has it, at four times the positions."""
+    """Every fourth step has it, at four times the positions and with four times the weight."""
     module = make_module(toys, caption_dropout=0.0, full_share=0.125, full_every=4)
     batch = batch_of(module.model)
 
@@ -138,8 +138,10 @@ def test_the_whole_vocabulary_every_so_often_has_the_share_that_was_asked_for(to
     for step in (1, 2, 3, 5):
         assert "text_mass" not in terms(step) and torch.equal(terms(step)["loss"], terms(1)["loss"])
     half = module.model.loss(*batch, 0.5, 0.0, torch.Generator().manual_seed(0))
+    added = half.total - terms(1)["loss"]
+    assert added > 0
     for step in (0, 4):
-        assert torch.equal(terms(step)["loss"], half.total) and half.total > terms(1)["loss"]
+        assert torch.allclose(terms(step)["loss"] - terms(1)["loss"], 4 * added)
     eighth = module.model.loss(*batch, 0.125, 0.0, torch.Generator().manual_seed(0))
     assert torch.equal(terms(None)["text_mass"], eighth.text_mass)
     assert module.config.step_kinds() == {"whole vocabulary": (0.0, 0.25), "visual columns": (0.25, 1.0)}

@@ -52,19 +52,40 @@ def encode_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: L
     """
     if resampler.config.hard:
         return double_ids(resampler, codes, latents)
-    embeddings = soft_tokens(resampler, latents, torch.float32, described=0).embeddings
+    chosen, kinds = distinct_tokens(resampler, latents)
+    embeddings = soft_tokens(resampler, latents, torch.float32, described=0, chosen=chosen).embeddings[0]
     ids, lead = nearest_codes(embeddings, codes)
     # An embedding shorter than the rows it is a mean of is the small remainder of larger sums, and their rounding.
     table = resampler.table
     rows = torch.linalg.vector_norm(table, dtype=torch.float32) / len(table) ** 0.5  # without a copy of it
     shortness = (rows / embeddings.norm(dim=-1)).clamp_min(1.0)
     near = ~(lead > MARGIN * torch.finfo(torch.float32).eps * shortness)
-    pictures = near.any(dim=-1)
+    chosen[chosen.clone()] = near
+    pictures = chosen.any(dim=-1)
     if pictures.any():
-        chosen = near[pictures]
-        again = soft_tokens(resampler, latents[pictures], torch.float64, described=0, chosen=chosen)
+        again = soft_tokens(resampler, latents[pictures], torch.float64, described=0, chosen=chosen[pictures])
         ids[near] = nearest_codes(again.embeddings, codes)[0][0]
-    return ids
+    return ids[kinds]
+
+
+def distinct_tokens(resampler: VisualVocabularyResampler, latents: Latents) -> tuple[TokenFlags, VisualIds]:
+    """Which tokens `[B, N]` to compute, one of each kind, and each token's kind `[B, N]`: the place among the chosen.
+
+    A token without convolutions before it knows its own patch alone, and in drawings most patches are white. With
+    convolutions hardly two tokens are equal, and all are chosen.
+    """
+    grid = (len(latents), resampler.encoder.token_grid[0] * resampler.encoder.token_grid[1])
+    if resampler.config.depth > 0:
+        places = torch.arange(grid[0] * grid[1], device=latents.device).view(grid)
+        return torch.ones_like(places, dtype=torch.bool), places
+    features = resampler.encoder(latents).flatten(0, 1)
+    _, kinds = torch.unique(features, dim=0, return_inverse=True)
+    places = torch.arange(len(kinds), device=kinds.device)
+    first = torch.full_like(kinds, len(kinds)).scatter_reduce(0, kinds, places, "amin")[
+        kinds
+    ]  # of each token's kind
+    chosen = first == places
+    return chosen.view(grid), (chosen.long().cumsum(0) - 1)[first].view(grid)
 
 
 def double_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: Latents) -> VisualIds:

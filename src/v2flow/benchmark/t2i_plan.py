@@ -15,7 +15,7 @@ from v2flow.benchmark.t2i_subject import TextToImageSubject
 from v2flow.cli_training import build_experiment
 from v2flow.errors import V2FlowError
 from v2flow.t2i.config import TextToImageConfig
-from v2flow.t2i.small_llm import PREFIX
+from v2flow.t2i.small_llm import PREFIXES
 
 ROUNDS, WARMUP = 5, 1
 """A step of an LLM is dear: fewer rounds than a tokenizer's nine."""
@@ -126,5 +126,5 @@ def _facts(module: Any) -> TextToImageFacts:
 
 
 def _llm_text(config: TextToImageConfig, blocks: int) -> str:
-    drawn = config.random_weights or config.llm.startswith(PREFIX)
+    drawn = config.random_weights or config.llm.startswith(PREFIXES)
     return f"{config.llm}, {blocks} blocks" + (", random weights" if drawn else "")

@@ -50,7 +50,7 @@ def build_cifar10(archive: str | Path, out: str | Path, *, progress: bool = True
     records = _read(archive)
     digest = hashlib.sha256()
     for name in sorted(records):
-        digest.update(records[name])
+        digest.update(records[name].tobytes())
     build: dict[str, Any] = {"kind": "cifar10", "pictures": digest.hexdigest()}
     finished = finished_build(out, build)
     if finished is not None:

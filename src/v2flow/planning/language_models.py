@@ -9,10 +9,10 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 from v2flow.config import VocabularyConfig
 from v2flow.errors import V2FlowError
 from v2flow.t2i.language_model import first_layers
-from v2flow.t2i.small_llm import PREFIX, small_llm
+from v2flow.t2i.small_llm import PREFIXES, SMALL, small_llm
 
 CAPTION_VOCABULARY = 4096
-"""Entries of the tokenizer that `gpt2-style` trains on its captions; it may find fewer."""
+"""Entries of the tokenizer that a small LLM trains on its captions; it may find fewer."""
 WORDLLAMA = (32000, 256)
 """Rows and width of the table in the package wordllama."""
 
@@ -27,9 +27,9 @@ def language_model_config(source: str, layers: int | None = None) -> Any:
     Raises:
         V2FlowError: no config.json and no name that is known, or `layers` out of range.
     """
-    if source.startswith(PREFIX):
+    if source.startswith(PREFIXES):
         words = _Words(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-        return first_layers(small_llm(source.removeprefix(PREFIX), words), layers)
+        return first_layers(small_llm(source, words), layers)
     if source == "gemma3-270m":
         return first_layers(_gemma3_270m(), layers)
     if (Path(source) / "config.json").is_file():
@@ -37,7 +37,7 @@ def language_model_config(source: str, layers: int | None = None) -> Any:
     if "llama-2-7b" in source.lower():
         return first_layers(_llama2_7b(), layers)
     raise V2FlowError(
-        f"LLM {source!r}: expected gemma3-270m, {PREFIX}SIZE, a name with llama-2-7b in it or a folder with a "
+        f"LLM {source!r}: expected gemma3-270m, {SMALL}, a name with llama-2-7b in it or a folder with a "
         "config.json, found none of them; its weights are not needed, but its config.json is"
     )
 

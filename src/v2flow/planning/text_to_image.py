@@ -18,7 +18,7 @@ from v2flow.planning.training import Training
 from v2flow.planning.without_weights import make_fake, nothing_loaded
 from v2flow.t2i.config import TextToImageConfig
 from v2flow.t2i.extension import VisualTokens
-from v2flow.t2i.small_llm import PREFIX
+from v2flow.t2i.small_llm import PREFIXES
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.t2i.trainable import find_blocks, set_trainable
 from v2flow.t2i.visual_rows import VisualRows
@@ -46,7 +46,7 @@ def text_to_image_training(experiment: Experiment, caption_tokens: int | None) -
         tokenizer = V2FlowTokenizer(sizes)
         llm: Any = AutoModelForCausalLM.from_config(language_model_config(config.llm, config.layers))
         model = _assemble(config, tokenizer, llm)
-    if config.llm.startswith(PREFIX):
+    if config.llm.startswith(PREFIXES):
         assumptions.append(
             f"the LLM's own tokenizer finds {CAPTION_VOCABULARY:,} entries in the captions, the most"
         )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 from v2flow.data.batches import EvaluationBatches, SampleReader
 from v2flow.data.loaders import EvaluationLoader
 from v2flow.data.shards import ShardSet, open_shards
@@ -11,7 +13,7 @@ from v2flow.t2i.config import TextToImageConfig
 from v2flow.t2i.extension import extend_vocabulary
 from v2flow.t2i.initial_rows import initial_rows
 from v2flow.t2i.language_model import load_language_model
-from v2flow.t2i.small_llm import PREFIX, caption_llm_tokenizer
+from v2flow.t2i.small_llm import PREFIXES, caption_llm_tokenizer
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.t2i.trainable import set_trainable
 from v2flow.t2i.visual_rows import VisualRows, check_family
@@ -23,7 +25,7 @@ def build_text_to_image(config: TextToImageConfig, llm_tokenizer: str | None = N
     """A text-to-image model before its training, in fp32 on the CPU.
 
     Args:
-        llm_tokenizer: of a ``gpt2-style`` LLM: the backend of a tokenizer trained before.
+        llm_tokenizer: of a small LLM made here: the backend of a tokenizer trained before.
 
     Raises:
         V2FlowError: a tokenizer or an LLM that cannot be loaded or does not fit, or `config.pictures` missing where
@@ -33,7 +35,7 @@ def build_text_to_image(config: TextToImageConfig, llm_tokenizer: str | None = N
 
     where = f"option text_to_image.tokenizer: {config.tokenizer}"
     tokenizer = load_tokenizer(config.tokenizer, where)
-    small = config.llm.startswith(PREFIX)
+    small = config.llm.startswith(PREFIXES)
     llm, words_tokenizer = load_language_model(
         config.llm,
         layers=config.layers,
@@ -64,6 +66,9 @@ def assemble(
         check_family(llm, tokens)
         codes = tokenizer.visual_vocabulary.codes
         start = initial_rows(config.rows, codes, llm, llm_tokenizer, tokens, words, config.seed)
+        if start.report:
+            found = ", ".join(f"{name} {share:.1%}" for name, share in start.report.items())
+            rank_zero_info(f"visual rows from words: {found}")
         rows = VisualRows(llm, tokens, start.input, start.output)
     llm = set_trainable(llm, config)
     if config.checkpointing:

@@ -30,7 +30,8 @@ class TextToImageConfig:
     tokenizer: str
     """A trained V2Flow tokenizer: a .ckpt file, whose averaged weights are taken, or a folder of `v2flow export`."""
     llm: str = "gemma3-270m"
-    """The LLM: gemma3-270m, a Hugging Face folder or hub id, or gpt2-style:SIZE; see `load_language_model`."""
+    """The LLM: gemma3-270m, a Hugging Face folder or hub id, gpt2-style:SIZE or neox-style:SIZE; see
+    `load_language_model`."""
     layers: Optional[int] = None
     """Keep so many of its first blocks; null for all."""
     random_weights: bool = False
@@ -39,7 +40,7 @@ class TextToImageConfig:
     """Where the visual tokens' rows start; see initial_rows.py."""
     pictures: Optional[Union[str, list[str]]] = None
     """Captioned picture shards for what is read from data before training: the visual tokens' words of rows=words, and
-    the captions that the tokenizer of gpt2-style is trained on."""
+    the captions that the tokenizer of the last two is trained on."""
     words_pictures: int = 1000
     """Pictures that rows=words reads."""
     train: Literal["full", "last_layers", "lora", "rows"] = "full"
@@ -78,9 +79,10 @@ class TextToImageConfig:
                  f"{1 / max(self.full_share, 1e-9):g}", self.full_every)  # fmt: skip
         _require(self.text_weight >= 0, "text_weight", "a number >= 0", self.text_weight)
 
-    def share_at(self, step: int) -> float:
-        """Share of the positions of a training step whose softmax runs over the whole vocabulary."""
-        return 0.0 if step % self.full_every else self.full_share * self.full_every
+    def full_at(self, step: int) -> tuple[float, int]:
+        """Share of the positions of a training step whose softmax runs over the whole vocabulary, and the weight of
+        what they add: such a step stands for `full_every`."""
+        return (0.0, 1) if step % self.full_every else (self.full_share * self.full_every, self.full_every)
 
     def step_kinds(self) -> dict[str, tuple[float, float]]:
         """Kinds of training steps, and the shares of the training that they take, as intervals."""

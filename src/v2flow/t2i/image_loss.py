@@ -37,13 +37,14 @@ class ImageLoss:
 
 def image_loss(
     model: Any, rows: VisualRows, batch: Sequences, num_tokens: int, full_share: float = 0.125,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, full_weight: float = 1.0,
 ) -> ImageLoss:  # fmt: skip
     """Loss of sequences with pictures of `num_tokens` visual tokens.
 
     Args:
         full_share: share of the image positions under the softmax over the whole vocabulary.
         generator: draws those positions.
+        full_weight: of what they add to the total; above 1 in a step that stands for others without such positions.
     """
     hidden = run(model, rows, batch)
     states = hidden[:, -num_tokens - 2 : -1].flatten(0, 1)
@@ -56,7 +57,7 @@ def image_loss(
         full = rows.full_vocabulary(model, states[chosen], targets[chosen])
         # What text costs there stands for all positions: weighed by their number alone they would leave text its
         # probability in unusual states, and the export's plain head would speak it.
-        total = total + (-full.log_probabilities - negative[chosen]).mean()
+        total = total + full_weight * (-full.log_probabilities - negative[chosen]).mean()
         text_mass = full.text_mass.mean()
     return ImageLoss(total, visual, text_mass, hidden)
 

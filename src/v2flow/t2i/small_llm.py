@@ -1,38 +1,53 @@
-"""A small GPT-2-style LLM for runs without a pretrained one: its vocabulary is trained on the captions alone."""
+"""Small LLMs for runs without a pretrained one: GPT-2, or GPT-NeoX, with a vocabulary trained on the captions alone."""
 
 import json
 from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPTNeoXConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from v2flow.errors import V2FlowError, first_line
 
-PREFIX = "gpt2-style:"
+PREFIXES = ("gpt2-style:", "neox-style:")
+"""GPT-NeoX is GPT-2 with rotary positions: a patch finds the one above it however long the caption is, where GPT-2 has
+to learn that for each length."""
+SMALL = " or ".join(f"{prefix}SIZE" for prefix in PREFIXES)
 SIZES = {"tiny": (2, 64, 2), "small": (4, 256, 4), "medium": (6, 384, 6), "base": (8, 512, 8)}
 """Blocks, width and heads by name: 0.1, 3, 11 and 25 million parameters without the embeddings."""
 POSITIONS = 1280  # a caption and the paper's largest picture, 1,024 tokens
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
 
-def small_llm(size: str, tokenizer: Any) -> GPT2Config:
-    """The configuration of a GPT-2 of that size for the tokenizer's vocabulary.
+def small_llm(source: str, tokenizer: Any) -> PreTrainedConfig:
+    """The configuration of a small LLM, such as `neox-style:small`, for the tokenizer's vocabulary.
 
     Raises:
         V2FlowError: an unknown size.
     """
+    style, _, size = source.partition(":")
     if size not in SIZES:
         raise V2FlowError(
-            f"option llm: expected {PREFIX} followed by one of {', '.join(SIZES)}, found {size!r}"
+            f"option llm: expected {style}: followed by one of {', '.join(SIZES)}, found {size!r}"
         )
     layers, width, heads = SIZES[size]
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
     # Without dropout, as the pretrained LLMs that it is compared with. GPT-2's activation, but as one operator: written
     # out, as transformers does it under the name `gelu_new`, it takes a quarter of a training step.
-    return GPT2Config(
-        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=heads,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    if style == "gpt2-style":
+        return GPT2Config(
+            n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=heads, activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
+        )  # fmt: skip
+    # As in GPT-2 one branch follows the other and the head is the embedding; wavelengths up to the longest sequence.
+    return GPTNeoXConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+        hidden_act="gelu_pytorch_tanh", max_position_embeddings=POSITIONS, use_parallel_residual=False,
+        tie_word_embeddings=True, classifier_dropout=0.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 1.0}, **common,
     )  # fmt: skip
 
 

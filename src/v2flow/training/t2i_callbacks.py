@@ -4,6 +4,7 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from v2flow.errors import V2FlowError
 from v2flow.images import GRID_COLUMNS, GRID_PICTURES
@@ -28,6 +29,9 @@ from v2flow.training.run_files import (
     shows_progress,
     written_checkpoints,
 )
+
+CEILING = 0.97
+"""Of the scenes that a tokenizer has to keep before it is worth training an LLM on its tokens."""
 
 
 class TextToImageCallback(Callback):
@@ -133,6 +137,11 @@ class TextToImageCallback(Callback):
         scores = score_scenes(self.drawing.pictures(pl_module.model.tokenizer, few.ids), few.scenes or [])
         shares = ", ".join(f"{task} {share:.1%}" for task, share in scores.items())
         print(f"v2flow: ceiling of the shapes score, the tokenizer's pictures of the true ids: {shares}")
+        if scores["overall"] < CEILING:
+            rank_zero_warn(
+                f"the tokenizer keeps {scores['overall']:.1%} of the scenes, less than {CEILING:.0%}: no LLM can score "
+                "more; train the tokenizer for longer first"
+            )
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,

@@ -15,7 +15,7 @@ from v2flow.errors import V2FlowError
 from v2flow.fingerprint import language_model_sha256
 from v2flow.t2i.build import build_text_to_image
 from v2flow.t2i.config import TextToImageConfig
-from v2flow.t2i.small_llm import PREFIX, backend_text
+from v2flow.t2i.small_llm import PREFIXES, backend_text
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.training.checkpoint_files import is_sharded
 from v2flow.training.frozen import leave_out_frozen, trained_names
@@ -130,8 +130,8 @@ class TextToImageModule(SeededModule):
             generator: draws the positions under the whole vocabulary.
             step: of the training, which decides how many those are (`full_every`); None for the share as it is.
         """
-        share = self.config.full_share if step is None else self.config.share_at(step)
-        found = self.model.loss(captions, ids, share, self.config.text_weight, generator)
+        share, weight = (self.config.full_share, 1) if step is None else self.config.full_at(step)
+        found = self.model.loss(captions, ids, share, self.config.text_weight, generator, weight)
         terms = {"loss": found.total, "visual": found.visual}
         if share:
             terms["text_mass"] = found.text_mass
@@ -173,7 +173,7 @@ class TextToImageModule(SeededModule):
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint has to agree with, the weights of tokenizer and LLM by their SHA-256."""
-        small = self.config.llm.startswith(PREFIX)
+        small = self.config.llm.startswith(PREFIXES)
         return {
             "model": V2FlowForTextToImage.__name__,  # fully_shard changes the class of its instances
             "config": to_dict(self.config),
