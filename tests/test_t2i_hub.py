@@ -147,9 +147,12 @@ def test_push_to_hub_uploads_the_whole_folder(
     V2FlowForTextToImage.from_pretrained(exported).push_to_hub("me/model")
     assert uploaded == ["me/model"]
     pushed = tmp_path / "hub" / "me" / "model"
-    assert tree(pushed) == tree(exported)
+    files, expected = tree(pushed), tree(exported)
+    ordered = "tokenizer_config.json"  # its keys stand in another order once transformers has read it
+    assert json.loads(files.pop(ordered)) == json.loads(expected.pop(ordered))
+    assert files == expected
     names = ("README.md", "model.safetensors", "tokenizer.json", DOCUMENT, "tokenizer/model.safetensors")
-    assert set(names) <= set(tree(pushed)) and "Good ones." in (pushed / "README.md").read_text()
+    assert set(names) <= set(files) and b"Good ones." in files["README.md"]
     again = V2FlowForTextToImage.from_pretrained(pushed)
     assert torch.equal(generate_ids(again, CAPTIONS, temperature=0.0), learned[1])
 
