@@ -15,9 +15,13 @@ import torch
 from v2flow.benchmark.document import escape_markdown
 from v2flow.benchmark.grids import MAX_BYTES, cut_grid, picture_strips
 from v2flow.benchmark.html import html_report
+from v2flow.benchmark.plan import Plan
 from v2flow.benchmark.plots import CAPTIONS, figures, frontier
+from v2flow.benchmark.report import write_report
 from v2flow.benchmark.spread import KID, Spread, over_seeds, told_apart
+from v2flow.benchmark.suite import Evaluation, Row, Suite
 from v2flow.benchmark.tables import markdown_report, report_sections
+from v2flow.data.attribution import report_attribution
 from v2flow.errors import V2FlowError
 from v2flow.images import read_picture, save_grid
 
@@ -327,6 +331,28 @@ def test_pending_rows_are_named_and_missing_parts_left_out(tmp_path: Path) -> No
     nothing = {"suite": {"title": "Empty"}, "rows": [], "pending": [["VQ", 0]]}
     for page in (markdown_report(nothing), html_report(nothing, tmp_path)):
         assert "No row has been run yet." in page and "VQ (seed 0)" in page
+
+
+def test_a_report_that_shows_openmoji_says_so_in_both_pages(tmp_path: Path) -> None:
+    line = report_attribution("data/openmoji/test-*.tar")
+    for part in ("OpenMoji", "https://openmoji.org/", "CC BY-SA 4.0", "reconstructions", "same licence"):
+        assert part in line
+    for data in ("data/openmoji/test-*.tar", "data/cifar10/test-*.tar"):
+        suite = Suite("Emojis", "e.yaml", Evaluation(data), [Row("V2Flow")], file="emojis.yaml")
+        write_report(suite, Plan(suite.rows, {}), [], tmp_path)
+        shows = "openmoji" in data
+        assert (f"\n\n{line}\n\n" in (tmp_path / "README.md").read_text()) == shows
+        assert (f"<p>{line}</p>" in (tmp_path / "report.html").read_text()) == shows
+        assert json.loads((tmp_path / "results.json").read_text())["suite"]["attribution"] == line * shows
+
+
+def test_the_committed_quick_look_is_what_its_results_give() -> None:
+    """And carries the attribution of its pictures."""
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "quick"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["suite"]["attribution"] == report_attribution("data/openmoji/test-*.tar")
+    assert (folder / "README.md").read_text() == markdown_report(results)
+    assert results["suite"]["attribution"] in (folder / "report.html").read_text()
 
 
 def test_plots_are_whole_svg_and_the_same_each_time() -> None:

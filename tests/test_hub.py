@@ -1,17 +1,22 @@
 """Exported folders: what they hold, loading them, and what is refused in one line."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from core_toys import pictures, small_config
+from hub_toys import stand_in_for_the_hub, tree
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from v2flow.config import CodecConfig, VelocityConfig, VocabularyConfig, from_dict
 from v2flow.errors import V2FlowError
 from v2flow.hub import CONFIG, VOCABULARY, WEIGHTS, load_weights
+from v2flow.model_card import GEMMA_NOTICE, tokenizer_card, with_record
 from v2flow.tokenizer import V2FlowTokenizer
 
 
@@ -189,6 +194,37 @@ def test_a_frozen_codec_is_named_not_stored(tmp_path: Path) -> None:
     autoencoder.save_pretrained(tmp_path / "kl")
     with pytest.raises(V2FlowError, match="trained with the codec .* found .* at codec.path"):
         V2FlowTokenizer.from_pretrained(tmp_path / "exported")
+
+
+def test_the_card_names_whose_terms_hold(tokenizer: V2FlowTokenizer, folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other"
+    assert "derive from no pretrained model" in card and GEMMA_NOTICE not in card
+    for source, licence, said in (
+        ("wordllama", "other", "derive from wordllama, whose terms"),
+        ("gemma3-270m", "gemma", GEMMA_NOTICE),
+    ):
+        config = replace(tokenizer.config, vocabulary=VocabularyConfig(source=source))
+        model = copy.copy(tokenizer)
+        model.config = config
+        card = tokenizer_card(model)
+        assert yaml.safe_load(card.split("---")[1])["license"] == licence
+        assert said in card and "no pretrained model" not in card
+
+
+def test_push_to_hub_uploads_the_whole_folder(
+    tokenizer: V2FlowTokenizer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card with its record of the training, and files that make the same tokenizer."""
+    card = folder / "README.md"
+    card.write_text(with_record(card.read_text(), "## Training\n\nTen steps.\n\n"))
+    uploaded = stand_in_for_the_hub(monkeypatch, tmp_path / "hub")
+    V2FlowTokenizer.from_pretrained(folder).push_to_hub("me/tokenizer")
+    assert uploaded == ["me/tokenizer"]
+    pushed = tmp_path / "hub" / "me" / "tokenizer"
+    assert tree(pushed) == tree(folder) and set(tree(folder)) == {CONFIG, VOCABULARY, WEIGHTS, "README.md"}
+    again = V2FlowTokenizer.from_pretrained(pushed)
+    assert torch.equal(again.encode(pictures(4)), tokenizer.encode(pictures(4)))
 
 
 def test_load_weights_is_strict_and_leaves_codecs_alone(tokenizer: V2FlowTokenizer) -> None:

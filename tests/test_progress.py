@@ -1,5 +1,8 @@
-"""The bar of a training: what it shows, and how seldom it asks for it."""
+"""The bar of a training: what it shows, and how seldom it asks for it; and the line of what cannot be counted."""
 
+import io
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from v2flow import cli_progress
 from v2flow.training.progress import RunProgressBar
 
 STEPS = 4
@@ -49,3 +53,25 @@ def test_figures_are_read_where_the_bar_is_drawn(
     shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "train:" in line]
     assert f"{STEPS}/{STEPS}" in shown[-1] and f"loss={STEPS}" in shown[-1]
     assert sum("loss=" in line for line in shown) >= len(expected)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "delay", "expected"),
+    [(Terminal(), 0.01, "v2flow: loading it …\n"), (Terminal(), 60.0, ""), (io.StringIO(), 0.0, "")],
+)
+def test_what_takes_long_is_said_once_in_a_terminal(
+    stream: io.StringIO, delay: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(cli_progress, "DELAY", delay)
+    with pytest.raises(KeyError), cli_progress.waiting("loading it"):
+        end = time.monotonic() + 10
+        while expected and not stream.getvalue().endswith("\n") and time.monotonic() < end:
+            time.sleep(0.01)
+        raise KeyError
+    assert stream.getvalue() == expected

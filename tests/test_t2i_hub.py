@@ -1,6 +1,7 @@
 """Exported text-to-image models: read again by v2flow, and by transformers alone in a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from core_toys import pictures, small_config
+from hub_toys import stand_in_for_the_hub, tree
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from t2i_toys import CAPTIONS, tiny_llm, tiny_tokenizer
@@ -15,10 +17,11 @@ from t2i_toys import CAPTIONS, tiny_llm, tiny_tokenizer
 from v2flow import V2FlowForTextToImage, V2FlowTokenizer
 from v2flow.errors import V2FlowError
 from v2flow.inference import export_model
-from v2flow.model_card import GEMMA_NOTICE
+from v2flow.model_card import GEMMA_NOTICE, with_record
 from v2flow.t2i.extension import extend_vocabulary
 from v2flow.t2i.generation import generate_ids
 from v2flow.t2i.hub import DOCUMENT
+from v2flow.t2i.model_card import model_card
 
 PLAIN = """
 import json, sys, torch
@@ -130,6 +133,40 @@ def test_adapters_are_merged_and_stay_in_the_model(tmp_path: Path) -> None:
         assert not torch.allclose(model.log_likelihood(CAPTIONS, ids), likelihoods[0], atol=1e-2)
     card = (tmp_path / "README.md").read_text()
     assert GEMMA_NOTICE not in card and "llama" in card
+
+
+def test_push_to_hub_uploads_the_whole_folder(
+    learned, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card with its record of the training, the LLM with its tokenizer, and the picture side."""
+    exported = tmp_path / "exported"
+    shutil.copytree(folder, exported)
+    card = exported / "README.md"
+    card.write_text(with_record(card.read_text(), "## Figures\n\nGood ones.\n\n"))
+    uploaded = stand_in_for_the_hub(monkeypatch, tmp_path / "hub")
+    V2FlowForTextToImage.from_pretrained(exported).push_to_hub("me/model")
+    assert uploaded == ["me/model"]
+    pushed = tmp_path / "hub" / "me" / "model"
+    files, expected = tree(pushed), tree(exported)
+    ordered = "tokenizer_config.json"  # its keys stand in another order once transformers has read it
+    assert json.loads(files.pop(ordered)) == json.loads(expected.pop(ordered))
+    assert files == expected
+    names = ("README.md", "model.safetensors", "tokenizer.json", DOCUMENT, "tokenizer/model.safetensors")
+    assert set(names) <= set(files) and b"Good ones." in files["README.md"]
+    again = V2FlowForTextToImage.from_pretrained(pushed)
+    assert torch.equal(generate_ids(again, CAPTIONS, temperature=0.0), learned[1])
+
+
+def test_a_card_of_an_llm_made_anew_names_no_pretrained_model(tmp_path: Path) -> None:
+    """Nor does that of its second export."""
+    build("gpt2")[0].save_pretrained(tmp_path / "first")
+    V2FlowForTextToImage.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / name / "README.md").read_text() for name in ("first", "second"))
+    assert first == second and "derive from no pretrained model" in first
+    assert "license: other" in first and "An LLM (gpt2)" in first
+    model = build("gpt2")[0]
+    model.llm.config._name_or_path = "somebody/gpt"
+    assert "derive from somebody/gpt, whose terms" in model_card(model)
 
 
 def refused(folder: Path, *parts: str) -> None:

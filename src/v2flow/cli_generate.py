@@ -88,6 +88,7 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
     """Draws and writes everything; returns the number of pictures."""
     import torch
 
+    from v2flow.cli_progress import waiting
     from v2flow.decode_modes import PRESETS, presets_of, select_modes, shipped_presets
     from v2flow.devices import pick_device
     from v2flow.evaluate import FOLDER_MODES
@@ -99,7 +100,8 @@ def _draw(options: argparse.Namespace, prompts: "Sequence[Prompt]") -> int:
     how = {name: getattr(options, name) for name in names}
     generation_options(how)  # refused before a model is loaded
     decode = next(iter(select_modes([options.mode], FOLDER_MODES, shipped_presets()).values()))
-    model = load_text_to_image_model(options.checkpoint)
+    with waiting(f"loading {options.checkpoint}"):
+        model = load_text_to_image_model(options.checkpoint)
     if options.mode in PRESETS:
         decode = dict(presets_of(model.tokenizer)[options.mode])
     model.to(pick_device())

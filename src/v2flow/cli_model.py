@@ -161,11 +161,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_encode(options: argparse.Namespace) -> None:
     """`v2flow encode`."""
-    from v2flow.cli_progress import progress_bar
+    from v2flow.cli_progress import progress_bar, waiting
     from v2flow.inference import LoadedModel, named_pictures, write_ids
 
     names = named_pictures(options.images)
-    loaded = LoadedModel(options.checkpoint, options.weights)
+    with waiting(f"loading {options.checkpoint}"):
+        loaded = LoadedModel(options.checkpoint, options.weights)
     ids = {name: loaded.encode(loaded.picture(path)) for name, path in progress_bar("encode", names.items())}
     write_ids(options.out, ids)
     print(f"{len(ids)} pictures, {loaded.model.num_tokens} ids each: {options.out}")
@@ -173,12 +174,13 @@ def run_encode(options: argparse.Namespace) -> None:
 
 def run_decode(options: argparse.Namespace) -> None:
     """`v2flow decode`."""
-    from v2flow.cli_progress import progress_bar
+    from v2flow.cli_progress import progress_bar, waiting
     from v2flow.images import save_image
     from v2flow.inference import LoadedModel, read_ids
 
     ids = read_ids(options.ids)
-    loaded = LoadedModel(options.checkpoint, options.weights)
+    with waiting(f"loading {options.checkpoint}"):
+        loaded = LoadedModel(options.checkpoint, options.weights)
     how = loaded.decode_options(options.mode, chosen_decode_options(options))
     for i, (name, row) in enumerate(progress_bar("decode", ids.items())):
         save_image(loaded.decode(row, how, (options.seed, i)), options.out / f"{Path(name).stem}.png")
@@ -189,13 +191,14 @@ def run_reconstruct(options: argparse.Namespace) -> None:
     """`v2flow reconstruct`."""
     import torch
 
-    from v2flow.cli_progress import progress_bar
+    from v2flow.cli_progress import progress_bar, waiting
     from v2flow.images import save_grid, save_image
     from v2flow.inference import LoadedModel, named_pictures, picture_psnr
     from v2flow.metrics.files import write_json
 
     names = named_pictures(options.images)
-    loaded = LoadedModel(options.checkpoint, options.weights)
+    with waiting(f"loading {options.checkpoint}"):
+        loaded = LoadedModel(options.checkpoint, options.weights)
     how = loaded.decode_options(options.mode, chosen_decode_options(options))
     originals = {name: loaded.picture(path) for name, path in names.items()}
     results = {}
@@ -216,12 +219,15 @@ def run_reconstruct(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """`v2flow export`."""
+    from v2flow.cli_progress import waiting
     from v2flow.inference import export_model, is_text_to_image
 
-    export_model(options.checkpoint, options.weights, options.folder)
+    with waiting(f"exporting {options.checkpoint}"):
+        export_model(options.checkpoint, options.weights, options.folder)
     if options.encoder:
         inside = options.folder / "tokenizer" if is_text_to_image(str(options.folder)) else options.folder
-        _export_encoder(inside, options.folder)
+        with waiting("exporting the encoder"):
+            _export_encoder(inside, options.folder)
     print(f"exported: {options.folder}")
 
 

@@ -21,12 +21,12 @@ from v2flow.decode_modes import read_presets, shipped_presets
 from v2flow.downloads import no_downloads
 from v2flow.errors import V2FlowError, first_line
 from v2flow.llm import LLMVocabulary, load_vocabulary
-from v2flow.model_card import tokenizer_card
+from v2flow.model_card import tokenizer_card, training_record, with_record
 
 if TYPE_CHECKING:
     from v2flow.tokenizer import V2FlowTokenizer
 
-CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.safetensors"
+CONFIG, WEIGHTS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.safetensors", "README.md"
 
 
 class PretrainedMixin(
@@ -35,7 +35,13 @@ class PretrainedMixin(
     tags=["image-tokenizer", "rectified-flow"],
     paper_url="https://arxiv.org/abs/2503.07493",
 ):
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` (revision, cache_dir, local_files_only, token)."""
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` (revision, cache_dir, local_files_only, token).
+
+    Attributes:
+        record: of an exported folder what its card says of the training, which the next card says again.
+    """
+
+    record: str = ""
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model: V2FlowTokenizer = self  # type: ignore[assignment]
@@ -52,7 +58,7 @@ class PretrainedMixin(
             own = {name: {"options": options} for name, options in model.decode_presets.items()}
             document["decode_presets"] = {"presets": own}
         (save_directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
-        (save_directory / "README.md").write_text(tokenizer_card(model))
+        (save_directory / CARD).write_text(with_record(tokenizer_card(model), self.record))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -116,6 +122,7 @@ def load_folder(cls: Any, folder: Path) -> Any:
     load_weights(model, weights, str(folder / WEIGHTS))
     if "decode_presets" in document:
         model.decode_presets = read_presets(document["decode_presets"], str(folder / CONFIG))
+    model.record = training_record(folder / CARD)
     return model.eval()
 
 

@@ -1,17 +1,20 @@
 """The README.md of an exported tokenizer, and what the files of a run add to that of any exported model."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from v2flow.data.attribution import card_attribution
 from v2flow.errors import V2FlowError, first_line
 
 if TYPE_CHECKING:
     from v2flow.tokenizer import V2FlowTokenizer
 
+TERMS = "## Terms"
 GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
 )
@@ -21,11 +24,11 @@ def tokenizer_card(model: "V2FlowTokenizer") -> str:
     """Markdown: what the tokenizer is, how to use it, and whose terms hold."""
     config = model.config
     source = Path(config.vocabulary.source).name  # of a file of one's own without its folder
-    licence = ["license: gemma"] if "gemma" in source.lower() else []
+    gemma = "gemma" in source.lower()
     metadata = [
         "---",
         "library_name: v2flow",
-        *licence,
+        f"license: {'gemma' if gemma else 'other'}",
         "tags:",
         "- image-tokenizer",
         "- rectified-flow",
@@ -50,21 +53,46 @@ ids = tokenizer.encode(images)  # [B, 3, H, W] in [0, 1] -> [B, {model.num_token
 pictures = tokenizer.decode(ids)  # [B, 3, {size}, {size}] in [0, 1]
 ```
 
-## Terms
+{TERMS}
 
-{terms(source, bool(licence))}
+{terms(gemma, source)}
 """
     )
 
 
-def terms(base: str, gemma: bool) -> str:
-    """Whose terms hold for weights that derive from `base`."""
+def terms(gemma: bool, *sources: str) -> str:
+    """Whose terms hold for weights that derive from `sources`: pretrained models by name, or `random`, which is none.
+
+    Args:
+        gemma: Gemma's weights are among them.
+    """
     if gemma:
         return (
             f"{GEMMA_NOTICE} Pass these terms, and the Prohibited Use Policy that they name, on with the model.\n"
             "Weights of other origin keep their own terms."
         )
-    return f"The weights derive from {base} and keep its terms."
+    named = " and ".join(dict.fromkeys(source for source in sources if source != "random"))
+    if not named:
+        return (
+            "The weights derive from no pretrained model: what is not trained is random numbers. The terms of the\n"
+            "training data hold."
+        )
+    return f"The weights derive from {named}, whose terms they keep."
+
+
+def with_record(card: str, record: str) -> str:
+    """The text of a card with the record of its training before its terms."""
+    above, heading, below = card.partition(TERMS)
+    return above + record + heading + below
+
+
+def training_record(card: Path) -> str:
+    """What `add_training` added to the README.md of an exported folder, for its next export; empty without it."""
+    if not card.is_file():
+        return ""
+    above, terms_follow, _ = card.read_text(errors="replace").partition(TERMS)
+    start = re.search(r"^## (Training|Figures)$", above, re.MULTILINE)
+    return above[start.start() :] if start and terms_follow else ""
 
 
 def add_training(card: Path, checkpoint: Path, table: Callable[[Mapping[str, Any]], str]) -> None:
@@ -84,8 +112,7 @@ def add_training(card: Path, checkpoint: Path, table: Callable[[Mapping[str, Any
     added = _section(run / "config.yaml", _recipe) + _section(
         run / "metrics.json", lambda text: _figures(text, table)
     )
-    above, heading, below = card.read_text().partition("## Terms")
-    card.write_text(above + added + heading + below)
+    card.write_text(with_record(card.read_text(), added))
 
 
 def _section(path: Path, write: Callable[[str], str]) -> str:
@@ -107,9 +134,10 @@ def _recipe(text: str) -> str:
     # Of a path as much as says which data these are; the rest is the machine's.
     shards = "/".join(Path(str(data["train"])).parts[-2:])
     steps, batch, seed = trainer["max_steps"], data["batch_size"], config["seed_everything"]
+    origin = card_attribution(data["train"])
     return (
-        f"## Training\n\nData: `{shards}`. {steps} steps of {batch} samples a device, seed {seed}. Of the "
-        "run's `config.yaml`:\n\n```yaml\n"
+        f"## Training\n\nData: `{shards}`. {origin and origin + ' '}{steps} steps of {batch} samples a device, seed "
+        f"{seed}. Of the run's `config.yaml`:\n\n```yaml\n"
         + yaml.safe_dump({"model": config["model"]["init_args"]}, sort_keys=False)
         + "```\n\n"
     )

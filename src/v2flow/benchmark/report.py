@@ -7,6 +7,7 @@ from v2flow.benchmark.html import html_report
 from v2flow.benchmark.plan import Plan
 from v2flow.benchmark.suite import Suite
 from v2flow.benchmark.tables import markdown_report
+from v2flow.data.attribution import report_attribution
 from v2flow.metrics.files import write_json
 
 
@@ -23,6 +24,7 @@ def suite_document(suite: Suite, plan: Plan, results: list[dict[str, Any]]) -> d
             "threads": suite.threads,
             "seeds": suite.seeds,
             "reference": suite.reference,
+            "attribution": report_attribution(suite.evaluate.data),
         },
         "overhead": plan.overhead,
         "rows": results,

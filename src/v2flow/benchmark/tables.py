@@ -61,7 +61,7 @@ def report_title(results: Mapping[str, Any]) -> str:
 
 
 def introduction(results: Mapping[str, Any]) -> list[str]:
-    """Paragraphs under the title: what the suite asks, its budget, and what has not run yet."""
+    """Paragraphs under the title: what the suite asks, its budget, whose pictures these are, what has not run yet."""
     suite = results.get("suite", {})
     paragraphs = [text.strip() for text in (suite.get("about") or "").split("\n\n") if text.strip()]
     setting = []
@@ -74,6 +74,7 @@ def introduction(results: Mapping[str, Any]) -> list[str]:
     if suite.get("file"):
         setting.append(f"suite {suite['file']}")
     paragraphs += ["; ".join(setting) + "."] if setting else []
+    paragraphs += [suite["attribution"]] if suite.get("attribution") else []
     paragraphs += [pending_sentence(results["pending"])] if results.get("pending") else []
     return paragraphs if results.get("rows") else [*paragraphs, "No row has been run yet."]
 

@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from v2flow.errors import V2FlowError, first_line
-from v2flow.hub import local_folder, makes_a, read_document
+from v2flow.hub import CARD, local_folder, makes_a, read_document
+from v2flow.model_card import training_record, with_record
 from v2flow.t2i.compatibility import write_old_places
 from v2flow.t2i.extension import EOI, find_visual_tokens
-from v2flow.t2i.model_card import base_name, model_card
+from v2flow.t2i.model_card import model_card, pretrained_name
 from v2flow.t2i.visual_rows import merge
 from v2flow.tokenizer import V2FlowTokenizer
 
@@ -35,7 +36,13 @@ class PretrainedTextToImage(
     tags=["text-to-image", "v2flow"],
     paper_url="https://arxiv.org/abs/2503.07493",
 ):
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` (revision, cache_dir, local_files_only, token)."""
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` (revision, cache_dir, local_files_only, token).
+
+    Attributes:
+        record: as of `v2flow.hub.PretrainedMixin`.
+    """
+
+    record: str = ""
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model: V2FlowForTextToImage = self  # type: ignore[assignment]
@@ -52,9 +59,13 @@ class PretrainedTextToImage(
         words.save_pretrained(save_directory)
         write_old_places(save_directory, words)
         model.tokenizer.save_pretrained(save_directory / TOKENIZER)
-        document = {"model_type": MODEL_TYPE, "max_caption": model.max_caption, "base": base_name(model)}
+        document = {
+            "model_type": MODEL_TYPE,
+            "max_caption": model.max_caption,
+            "base": pretrained_name(model),
+        }
         (save_directory / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n")
-        (save_directory / "README.md").write_text(model_card(model))
+        (save_directory / CARD).write_text(with_record(model_card(model), self.record))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -109,6 +120,7 @@ def _load_folder(cls: Any, folder: Path) -> Any:
     llm.config._name_or_path = str(document.get("base", ""))  # of the pretrained LLM, not of this folder
     with makes_a(cls.__name__, str(folder)):
         model = cls(tokenizer, llm, words, find_visual_tokens(words), max_caption=document["max_caption"])
+    model.record = training_record(folder / CARD)
     return model.eval()
 
 

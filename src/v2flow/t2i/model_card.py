@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from v2flow.model_card import terms
+from v2flow.model_card import TERMS, terms
 
 if TYPE_CHECKING:
     from v2flow.t2i.text_to_image import V2FlowForTextToImage
@@ -14,9 +14,11 @@ def model_card(model: "V2FlowForTextToImage") -> str:
     tokens, tokenizer = model.tokens, model.tokenizer
     base = base_name(model)
     size = tokenizer.config.image_size
-    licence = ["license: gemma"] if holds_gemma(model) else []
+    gemma = holds_gemma(model)
+    vocabulary = Path(tokenizer.config.vocabulary.source).name
     metadata = [
-        "---", "library_name: transformers", "pipeline_tag: text-to-image", *licence,
+        "---", "library_name: transformers", "pipeline_tag: text-to-image",
+        f"license: {'gemma' if gemma else 'other'}",
         "tags:", "- text-to-image", "- v2flow", "---",
     ]  # fmt: skip
     return (
@@ -54,19 +56,24 @@ ids = llm.generate(**prompt)[0, prompt.input_ids.shape[1] : -1] - {tokens.first}
 
 `V2FlowTokenizer.from_pretrained("FOLDER/tokenizer").decode(ids[None])` is the picture.
 
-## Terms
+{TERMS}
 
-{terms(base, bool(licence))}
+{terms(gemma, pretrained_name(model) or "random", vocabulary)}
 """
     )
 
 
 def base_name(model: "V2FlowForTextToImage") -> str:
-    """The pretrained LLM's hub id, the last part of its folder, or, for one made anew, its family."""
+    """The pretrained LLM's name or, for one made anew, its family."""
+    return pretrained_name(model) or str(model.llm.config.model_type)
+
+
+def pretrained_name(model: "V2FlowForTextToImage") -> str:
+    """The pretrained LLM's hub id or the last part of its folder; empty for one made anew."""
     name = str(getattr(model.llm.config, "_name_or_path", "") or "")
     if Path(name).is_absolute() or name.startswith("."):
         name = Path(name).name
-    return name or str(model.llm.config.model_type)
+    return name
 
 
 def holds_gemma(model: "V2FlowForTextToImage") -> bool:
