@@ -52,7 +52,7 @@ class DecodeOptions:
             )
         for name, value, allowed in (
             ("guidance_schedule", self.guidance_schedule, ("constant", "linear")),
-            ("solver", self.solver, SOLVERS),
+            ("solver", self.solver, tuple(SOLVERS)),
         ):
             if value not in allowed:
                 raise V2FlowError(f"option {name}: expected one of {', '.join(allowed)}, found {value!r}")
