@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from v2flow.data.cifar10 import CLASSES, FILES, RECORD
+
 
 def encode(pixels: np.ndarray | Image.Image, format: str = "PNG", **options: Any) -> bytes:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
@@ -50,3 +52,22 @@ def numbered_shards(folder: Path, sizes: Iterable[int], extra: Mapping[int, byte
             number += 1
         write_tar(folder / f"s-{shard:06d}.tar", members)
     return str(folder / "s-*.tar")
+
+
+def cifar10_records(each: int) -> dict[str, np.ndarray]:
+    """Rows of the files in CIFAR-10's archive, so many in each: a class and a picture of noise."""
+    made = np.random.default_rng(3)
+    files = {name: made.integers(0, 256, (each, RECORD), dtype=np.uint8) for name in FILES}
+    for rows in files.values():
+        rows[:, 0] %= len(CLASSES)
+    return files
+
+
+def write_cifar10(path: Path, files: dict[str, bytes]) -> Path:
+    """An archive as CIFAR-10's authors lay it out."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in {"batches.meta.txt": "\n".join(CLASSES).encode(), **files}.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path

@@ -1,5 +1,7 @@
-"""Pages of the documents, the commands on them, and a folder in the repository's likeness to run them in."""
+"""Pages of the documents, what of them runs, and a folder in the repository's likeness to run it in."""
 
+import ast
+import builtins
 import os
 import re
 import shlex
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from data_toys import encode, write_tar
+from data_toys import cifar10_records, encode, write_cifar10, write_tar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST = ("README.md", "benchmarks/README.md", "docs/command-line.md", "docs/tutorial-tokenizer.md")
@@ -40,12 +42,18 @@ STAND_INS = [
     (r"\bFILE\b|(?<=--config )…", "experiments/tokenizer/openmoji-32.yaml"),
     (r"\bPICTURES\b", "my-pictures"),
     (r"\bDIR\b", "my-tokenizer"),
+    (r"\bSHARDS\b", "'data/openmoji/test-*.tar'"),
     (r"\bKEYS\b", "16"),
     (r"\bSTEPS\b", "4"),
     # The LLM at hand has 287 words.
     (r"vocabulary\.size=(1024|8192)", "vocabulary.size=256"),
 ]
 """What stands in the place of a page's placeholders and of sizes that toys do not have."""
+GIVEN = {
+    "images": "__import__('torch').rand(2, 3, 32, 32)",
+    "ids": "__import__('torch').arange(64)[None] % 32",
+}
+"""What a Python block takes from the reader; written so that it imports nothing on the block's behalf."""
 
 
 def page_name(page: Path) -> str:
@@ -61,13 +69,50 @@ def block_lines(block: str) -> Iterator[str]:
 
 
 def lines(page: Path) -> Iterator[str]:
-    """Commands of a page from top to bottom: lines of its shell blocks, and whole commands in sentences and tables."""
+    """Commands of a page from top to bottom: lines of its shell blocks, whole commands in sentences and tables, and its
+    Python blocks, each as a program of its own."""
     text = page.read_text()
-    found = [(match.start(), match[2]) for match in FENCE.finditer(text) if match[1] in SHELL]
+    found: list[tuple[int, list[str]]] = []
+    earlier: list[str] = []
+    for match in FENCE.finditer(text):
+        if match[1] in SHELL:
+            found.append((match.start(), list(block_lines(match[2]))))
+        elif match[1] == "python":
+            found.append((match.start(), [python_program(match[2], earlier)]))
+            earlier.append(match[2])
     prose = FENCE.sub(lambda match: " " * len(match[0]), text)
-    found += [(match.start(), match[1]) for match in INLINE.finditer(prose) if WHOLE.match(match[1])]
-    for _, block in sorted(found):
-        yield from block_lines(block)
+    found += [
+        (match.start(), list(block_lines(match[1])))
+        for match in INLINE.finditer(prose)
+        if WHOLE.match(match[1])
+    ]
+    for _, commands in sorted(found):
+        yield from commands
+
+
+def python_program(source: str, earlier: list[str]) -> str:
+    """A Python block as a command; before it stands what it takes from the reader, and those of the page's `earlier`
+    blocks that define a name that it lacks."""
+    loaded, bound = names(source)
+    lacking = loaded - bound - set(dir(builtins))
+    given = [f"{name} = {value}\n" for name, value in GIVEN.items() if name in lacking]
+    before = [block for block in earlier if lacking & names(block)[1]]
+    return f"python - <<'PYTHON'\n{''.join([*given, *before, source])}PYTHON"
+
+
+def names(source: str) -> tuple[set[str], set[str]]:
+    """Names that a program reads, and those that it binds, in whatever scope."""
+    loaded, bound = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            (loaded if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    return loaded, bound
 
 
 def filled(line: str) -> str:
@@ -92,7 +137,7 @@ def write_shards(folder: Path, names: list[str], pictures: int = 8, size: int = 
 
 
 def write_inputs(clone: Path) -> None:
-    """What the documents take for granted: pictures of one's own, captions, CIFAR-10, an LLM."""
+    """What the documents take for granted: pictures and a tokenizer of one's own, captions, CIFAR-10, an LLM."""
     rng = np.random.default_rng(0)
     pictures = clone / "my-pictures"
     pictures.mkdir()
@@ -104,10 +149,28 @@ def write_inputs(clone: Path) -> None:
         "file,caption\n" + "".join(f"{i:02d}.jpg,noise {i}\n" for i in range(64))
     )
     (clone / "captions.txt").write_text("a red square\ntwo green circles\n")
-    for name, format in (("photo.png", "PNG"), ("drawing.jpg", "JPEG")):
-        (clone / name).write_bytes(encode(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8), format))
+    for name, format, height, width in (
+        ("photo.png", "PNG", 40, 48), ("drawing.jpg", "JPEG", 40, 48), ("picture-32px.png", "PNG", 32, 32),
+    ):  # fmt: skip
+        (clone / name).write_bytes(encode(rng.integers(0, 255, (height, width, 3), dtype=np.uint8), format))
+    archive = {name: rows.tobytes() for name, rows in cifar10_records(8).items()}
+    write_cifar10(clone / "cifar-10-binary.tar.gz", archive)
+    write_own_tokenizer(clone / "mine.py")
     cifar10 = clone.parent / "shared" / "data" / "cifar10"
     write_shards(cifar10, [f"train-{i:06d}" for i in range(10)] + [f"test-{i:06d}" for i in range(2)])
+
+
+def write_own_tokenizer(path: Path) -> None:
+    """The tokenizer of docs/benchmark.md with the bodies that it leaves to the reader."""
+    page = (REPOSITORY / "docs" / "benchmark.md").read_text()
+    (source,) = (match[2] for match in FENCE.finditer(page) if "def build()" in match[2])
+    for head, body in (
+        ("encode(self, images)", "return torch.zeros(len(images), 64, dtype=torch.long)"),
+        ("decode(self, ids)", "return torch.full((len(ids), 3, 32, 32), 0.5)"),
+    ):
+        assert f"def {head}: ..." in source
+        source = source.replace(f"def {head}: ...", f"def {head}: {body}")
+    path.write_text(source)
 
 
 def write_llm(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs `v2flow` in small: a process that has imported everything once, and forks for each command that it is sent.
+"""Runs `v2flow` in small, and Python blocks: a process that has imported everything once, and forks for each.
 
 A command of the documents then costs its own work only, not the eight seconds of imports. Usage:
 `python smoke_server.py SOCKET`; the client is `smoke_client.py`.
@@ -101,7 +101,8 @@ def end_after_one_visit() -> None:
 
 
 def run(request: dict[str, Any], streams: list[int]) -> int:
-    """In the forked process: the command as `v2flow` itself would run it. Gives its exit status."""
+    """In the forked process: the command as `v2flow` itself would run it; for `-`, the Python program on the standard
+    input. Gives its exit status."""
     from v2flow.cli import main
 
     socket.socket.connect = connect_here  # type: ignore[method-assign]
@@ -116,6 +117,9 @@ def run(request: dict[str, Any], streams: list[int]) -> int:
     if words[0] == "demo":
         end_after_one_visit()
     try:
+        if words == ["-"]:
+            exec(sys.stdin.read(), {"__name__": "__main__"})
+            return 0
         return main(words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -2,10 +2,12 @@
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
+from v2flow.cli import build_parser
 from v2flow.codec import build_codec
 from v2flow.config import CodecConfig
 from v2flow.errors import V2FlowError
@@ -138,3 +140,12 @@ def test_the_fingerprint_names_the_weights(kl_folder: Path, tmp_path: Path) -> N
     other.save_pretrained(tmp_path)
     assert build_codec(CodecConfig(kind="kl", path=str(tmp_path))).fingerprint() != name
     assert build_codec(CodecConfig()).fingerprint() == ""
+
+
+def test_a_new_kind_is_a_choice_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name in the configuration is one of `v2flow data latents --codec` as well."""
+    words = ["data", "latents", "--data", "a.tar", "--out", "latents", "--codec", "wavelet"]
+    with pytest.raises(V2FlowError, match="--codec: invalid choice: 'wavelet'"):
+        build_parser().parse_args(words)
+    monkeypatch.setitem(CodecConfig.__annotations__, "kind", Literal["patch", "wavelet"])
+    assert build_parser().parse_args(words).codec == "wavelet"

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_toys import cifar10_records, write_cifar10
 from PIL import Image
 
 from v2flow.cli import main
-from v2flow.data.cifar10 import CLASSES, FILES, RECORD, build_cifar10
+from v2flow.data.cifar10 import CLASSES, FILES, build_cifar10
 from v2flow.errors import V2FlowError
 from v2flow.training.data_module import ShardDataModule
 
@@ -20,27 +21,13 @@ EACH = 12
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, np.ndarray]:
-    made = np.random.default_rng(3)
-    files = {name: made.integers(0, 256, (EACH, RECORD), dtype=np.uint8) for name in FILES}
-    for rows in files.values():
-        rows[:, 0] %= len(CLASSES)
-    return files
-
-
-def write(path: Path, files: dict[str, bytes]) -> Path:
-    """An archive as CIFAR-10's authors lay it out."""
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in {"batches.meta.txt": "\n".join(CLASSES).encode(), **files}.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
+    return cifar10_records(EACH)
 
 
 @pytest.fixture(scope="module")
 def archive(records: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {name: rows.tobytes() for name, rows in records.items()}
-    return write(tmp_path_factory.mktemp("archive") / "cifar-10-binary.tar.gz", files)
+    return write_cifar10(tmp_path_factory.mktemp("archive") / "cifar-10-binary.tar.gz", files)
 
 
 def read(shard: Path) -> list[tuple[str, np.ndarray, str]]:
@@ -87,13 +74,13 @@ def test_other_archives_are_refused(records: dict[str, np.ndarray], archive: Pat
     files = {name: rows.tobytes() for name, rows in records.items()}
     wrong = {
         "no such archive": tmp_path / "missing.tar.gz",
-        "no file test_batch.bin": write(
+        "no file test_batch.bin": write_cifar10(
             tmp_path / "less.tar.gz", {n: files[n] for n in files if "data" in n}
         ),
-        "expected 1 to 10,000 pictures of 3073 bytes": write(
+        "expected 1 to 10,000 pictures of 3073 bytes": write_cifar10(
             tmp_path / "short.tar.gz", files | {"test_batch.bin": b"a"}
         ),
-        "expected classes 0 to 9, found 10": write(
+        "expected classes 0 to 9, found 10": write_cifar10(
             tmp_path / "hundred.tar.gz", files | {"test_batch.bin": b"\n" + files["test_batch.bin"][1:]}
         ),
     }

@@ -265,6 +265,19 @@ def test_a_caption_becomes_a_picture(visit: Any, session: Session) -> None:
         session.draw("a dog", {"temperature": 0.0}, guidance=2.0, temperature=1.0, seed=0, pause=0)
     )
     assert visit.get_attribute("#drawn img", "src") == data_url(expected.picture)
+    set_slider(visit, "Guidance of the LLM", 8)
+    visit.get_by_label("Seed", exact=True).locator("visible=true").fill("3")
+    visit.click("#draw")
+    visit.wait_for_selector("#drawn figcaption:has-text('seed 3')")
+    drawn = {
+        (guidance, seed): data_url(
+            last(session.draw("a dog", {"temperature": 0.0}, guidance, 1.0, seed, pause=0)).picture
+        )
+        for guidance in (2.0, 8.0)
+        for seed in (0, 3)
+    }
+    assert len(set(drawn.values())) == 4, "toys in which a lost guidance or seed would not be seen"
+    assert visit.get_attribute("#drawn img", "src") == drawn[8.0, 3]
     visit.fill("#caption textarea, #caption input", "")
     visit.click("#draw")
     visit.wait_for_selector("#draw-status [role=alert]:has-text('caption')")

@@ -1,4 +1,4 @@
-"""Every command of the documents is run, in a small form, or named here with the test or CI step that runs its like.
+"""Every command and Python block of the documents is run in a small form, or named here with what runs its like.
 
 The lines of a page run in the page's order in one shell, in a folder in the repository's likeness that README.md has
 left (`docs_toys.py`). What makes a command small is added by `smoke_server.py`; a line that runs on one page is not run
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from docs_toys import (
+    GIVEN,
     PAGES,
     PAINTER_RUN,
     REPOSITORY,
@@ -21,6 +22,7 @@ from docs_toys import (
     lines,
     make_clone,
     page_name,
+    python_program,
 )
 
 OUTPUTS = [
@@ -33,10 +35,10 @@ OUTPUTS = [
 FAULTS = "faults/test_faults.py::test_killed_runs_go_on_as_if_nothing_had_happened"
 DAMAGED = "test_corrupt_samples.py::test_the_ratio_is_the_median_of_interleaved_pairs"
 BOARD = "test_loggers.py::test_tensorboard_shows_grid_codes_and_entropies"
-OWN_ROW = "test_benchmark.py::test_a_tokenizer_of_ones_own_is_scored_beside_the_others"
 STEP = "test_planning.py::test_a_step_on_fake_tensors_costs_what_a_real_one_does"
 TASKS = "test_data_latents.py::test_two_slurm_tasks_at_once_build_what_one_builds"
 PROBLEMS = "test_data_validate.py::test_every_problem_of_every_shard_is_named"
+PUSH = "test_t2i_hub.py::test_round_trip"
 PLAIN = "test_t2i_hub.py::test_transformers_alone_writes_the_same_ids_and_the_end"
 WORDS = "test_docs.py::test_commands_in_sentences_have_verb_and_options"
 EXPORT = "test_cli_training.py::test_an_export_says_what_it_was_trained_on_and_scored"
@@ -52,10 +54,8 @@ SPEED = "test_speed.py::test_a_smoke_run_of_all_parts"
 SUITE = "test_benchmark.py::test_rows_are_trained_once_scored_and_reported"
 SOAK = "faults/test_soak.py::test_a_process_that_each_validation_leaves_behind_is_found"
 PLANS = "test_cli_plan.py::test_every_experiment_is_planned_without_weights_or_data"
-THIS_MACHINE = "test_cli_plan.py::test_options_change_what_they_say"
 PAGE = "test_demo_browser.py::test_upload_shows_tokens_and_pictures"
 REFERENCE = "test_experiments.py::test_reference_is_the_papers_size"
-ARCHIVE = "test_data_cifar10.py::test_each_picture_is_there_once_under_its_class"
 NETWORK = "installs from the network, which only CI does; its make targets do the same"
 ELSEWHERE: list[tuple[str, str, str]] = [
     (r"make test-gpu$", "needs a CUDA GPU", "test_gpu.py::test_ids_agree_with_the_cpu"),
@@ -80,9 +80,7 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     (r"tensorboard ", "a server of another project", BOARD),
     (r"python tests/demo_screenshot\.py", "needs Chromium", PAGE),
     (r"(make|v2flow) benchmark", "trains for minutes a row", SUITE),
-    (r"v2flow evaluate mine:build ", "the function is the reader's", OWN_ROW),
     (r"v2flow plan --all ", "plans each experiment", PLANS),
-    (r"v2flow plan .*--device cpu$", "measures this machine", THIS_MACHINE),
     (r"python benchmarks/decoding_frontier\.py ", "minutes of measurement", FRONTIER),
     (r"python benchmarks/speed\.py$", "minutes of measurement", SPEED),
     (r"python benchmarks/check_plan\.py$", "minutes of measurement", STEP),
@@ -98,7 +96,6 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ),
     (r"v2flow fit .*imagenet-256.* --data\.crop center$", "needs an autoencoder's weights", LATENT_TRAINING),
     (r"export V2FLOW_SHARDS=|export TOKENIZER=", "names files at the paper's size", REFERENCE),
-    (r"v2flow data cifar10 ", "needs an archive of 170 MB", ARCHIVE),
     (r"v2flow data validate \"\$V2FLOW_SHARDS\"", "the paper's pictures", PROBLEMS),
     (r"v2flow fit .*reference-512\.yaml .*fast_dev_run", "needs DC-AE's and LLaMA-2's weights", REFERENCE),
     (r"v2flow export checkpoints/reference", "needs a run at the paper's size", EXPORT),
@@ -109,6 +106,9 @@ ELSEWHERE: list[tuple[str, str, str]] = [
         "needs a run at the paper's size",
         "test_data_tokens.py::test_command_builds_once",
     ),
+    (r"(?s)python - .*from vllm import", "needs vLLM", PLAIN),
+    (r"(?s)python - .*localhost:8080", "asks a server of another project", PLAIN),
+    (r"(?s)python - .*push_to_hub", "needs an account of the hub", PUSH),
     (r"vllm |python convert_hf_to_gguf\.py|llama-server ", "a server of another project", PLAIN),
     (
         r"v2flow (fit --config|evaluate --json|data tokens --views 6)$",
@@ -190,6 +190,9 @@ def test_a_command_that_does_not_run_is_noticed(clone: Clone) -> None:
     ):
         with pytest.raises(AssertionError, match=re.escape(f"$ {line}")):
             check(clone.run(["true", line, "true"]))
+    program = python_program("ids = tokenizer.encode(images)\n", [])
+    with pytest.raises(AssertionError, match="NameError: name 'tokenizer' is not defined"):
+        check(clone.run(["true", program, "true"]))
 
 
 def test_what_is_not_run_here_is_in_the_documents_and_its_like_is_tested() -> None:
@@ -206,3 +209,10 @@ def test_what_is_not_run_here_is_in_the_documents_and_its_like_is_tested() -> No
         file, _, name = like.partition("::")
         tree = ast.parse((REPOSITORY / "tests" / file).read_text())
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, like
+
+
+def test_a_block_has_what_it_takes_from_the_reader_and_from_blocks_before_it() -> None:
+    first, second = "def draw(captions): ...\n", "pictures = [draw(images) for _ in range(2)]\n"
+    program = python_program(second, ["import torch\n", first])
+    assert program == f"python - <<'PYTHON'\nimages = {GIVEN['images']}\n{first}{second}PYTHON"
+    assert python_program(first, [second]) == f"python - <<'PYTHON'\n{first}PYTHON"

@@ -1,12 +1,15 @@
 """Solvers against known and foreign solutions."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
+from v2flow.cli import build_parser
+from v2flow.decoding import DecodeOptions
 from v2flow.errors import V2FlowError
-from v2flow.samplers import SOLVERS, euler_step, heun_step, multistep_step, solve, timesteps
+from v2flow.samplers import SOLVERS, Solver, euler_step, heun_step, multistep_step, solve, timesteps
 
 
 def gaussian_mixture_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -166,3 +169,21 @@ def test_bad_options() -> None:
         timesteps(0)
     with pytest.raises(V2FlowError, match="option timestep_shift: .* found 0"):
         timesteps(3, 0.0)
+
+
+def test_a_new_solver_is_an_option_everywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An entry in SOLVERS is all that it needs, in Python and on the command line."""
+    assert get_args(Solver) == tuple(SOLVERS)
+    words = ["decode", "CHECKPOINT", "ids.npz", "--out", "pictures", "--solver", "midpoint"]
+    with pytest.raises(V2FlowError, match=r"--solver: invalid choice: 'midpoint' .*euler.*heun.*multistep"):
+        build_parser().parse_args(words)
+    monkeypatch.setitem(SOLVERS, "midpoint", euler_step)
+    assert DecodeOptions(solver="midpoint").solver == "midpoint"
+    assert build_parser().parse_args(words).solver == "midpoint"
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["reconstruct", "--help"])
+    assert "euler, heun, multistep, midpoint" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(V2FlowError, match="option solver: expected one of euler, .*, midpoint, found 'rk4'"):
+        DecodeOptions(solver="rk4")

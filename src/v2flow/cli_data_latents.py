@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from v2flow.cli_words import sentence
 from v2flow.config import CodecConfig, from_dict
@@ -62,7 +62,8 @@ def _add_codec_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config", type=Path, metavar="EXPERIMENT", help="take the codec and the size of this experiment"
     )
-    group.add_argument("--codec", choices=("patch", "dc", "kl"), default=unset, help="kind of the codec")
+    kinds = get_args(CodecConfig.__annotations__["kind"])
+    group.add_argument("--codec", choices=kinds, default=unset, help="kind of the codec")
     group.add_argument("--codec-path", default=unset, metavar="PATH", help="folder or hub id of its weights")
     group.add_argument("--patch-size", type=int, default=unset, metavar="PX", help="with --codec patch")
     group.add_argument("--scale", type=float, default=unset, help="factor that brings latents to unit scale")

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from v2flow.cli_words import sentence
 from v2flow.errors import V2FlowError
 
 CHECKPOINT_HELP = "a .ckpt file of `v2flow fit`, or a folder of `v2flow export`"
+
+
+class _Solvers:
+    """Names of `samplers.SOLVERS`; that module, and torch with it, is imported when they are asked for."""
+
+    def __iter__(self) -> Iterator[str]:
+        from v2flow.samplers import SOLVERS
+
+        return iter(SOLVERS)
 
 
 def add_model_verbs(verbs: Any) -> None:
@@ -116,7 +126,10 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-schedule", choices=("constant", "linear"), default=unset)
     group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=unset,
                        help="times from 0 to 1 between which guidance acts")  # fmt: skip
-    group.add_argument("--solver", choices=("euler", "heun", "multistep"), default=unset)
+    # With a metavar argparse does not look at the choices before they are needed.
+    group.add_argument(
+        "--solver", choices=_Solvers(), default=unset, metavar="NAME", help="of the ODE: %(choices)s"
+    )
     group.add_argument("--timestep-shift", type=float, default=unset, help="above 1: more steps near noise")
     group.add_argument(
         "--temperature", type=float, default=unset, help="standard deviation of the first noise"

@@ -13,7 +13,7 @@ from v2flow.arrays import PositionLatents, PositionMask, TokenEmbeddings
 from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead, gather_positions
 from v2flow.masked_decoder import MaskedAutoregressiveDecoder, Prefix, cosine_schedule
-from v2flow.samplers import Velocity, solve, timesteps
+from v2flow.samplers import SOLVERS, Solver, Velocity, solve, timesteps
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DecodeOptions:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """Lowest and highest t at which guidance acts (Kynkäänniemi et al. 2024); elsewhere the scale is 1, and the field
     is not evaluated without its condition."""
-    solver: Literal["euler", "heun", "multistep"] = "euler"
+    solver: Solver = "euler"
     """ODE solver."""
     timestep_shift: float = 1.0
     """Above 1, more of the steps are spent near noise."""
@@ -52,7 +52,7 @@ class DecodeOptions:
             )
         for name, value, allowed in (
             ("guidance_schedule", self.guidance_schedule, ("constant", "linear")),
-            ("solver", self.solver, ("euler", "heun", "multistep")),
+            ("solver", self.solver, tuple(SOLVERS)),
         ):
             if value not in allowed:
                 raise V2FlowError(f"option {name}: expected one of {', '.join(allowed)}, found {value!r}")

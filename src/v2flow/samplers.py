@@ -6,7 +6,7 @@ what the step returns. Sums are in fp32 whatever the velocity's precision.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -69,6 +69,12 @@ def _log_snr(t: float) -> float:
 MAX_STEPS = 10_000
 """A checkpoint names its own ways to decode: more steps than anybody waits for are a mistake or meant to hang."""
 SOLVERS: dict[str, Step] = {"euler": euler_step, "heun": heun_step, "multistep": multistep_step}
+"""All there are: options and the command line take their names from here."""
+
+if TYPE_CHECKING:
+    Solver = str  # a type checker cannot look into a dictionary
+else:
+    Solver = Literal[tuple(SOLVERS)]
 
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:
@@ -90,7 +96,7 @@ def solve(velocity: Velocity, x: State, times: list[float], solver: str = "euler
         velocity: `(x, t) -> v` with the shape of x.
         x: state at `times[0]`, any shape.
         times: falling times in [0, 1].
-        solver: euler, heun or multistep.
+        solver: one of `SOLVERS`.
     """
     if solver not in SOLVERS:
         raise V2FlowError(f"option solver: expected one of {', '.join(SOLVERS)}, found {solver!r}")

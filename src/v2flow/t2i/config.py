@@ -5,6 +5,8 @@ from typing import Literal, Optional, Union
 
 from v2flow.errors import V2FlowError
 
+RowsMethod = Literal["vocabulary", "words", "projection", "random"]
+
 
 @dataclass
 class LoraOptions:
@@ -36,7 +38,7 @@ class TextToImageConfig:
     """Keep so many of its first blocks; null for all."""
     random_weights: bool = False
     """Draw its weights anew: the control without pretraining."""
-    rows: Literal["vocabulary", "words", "projection", "random"] = "vocabulary"
+    rows: RowsMethod = "vocabulary"
     """Where the visual tokens' rows start; see initial_rows.py."""
     pictures: Optional[Union[str, list[str]]] = None
     """Captioned picture shards for what is read from data before training: the visual tokens' words of rows=words, and

@@ -13,17 +13,16 @@ mean, with ``words`` by the words' rows in the head.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from v2flow.errors import V2FlowError
+from v2flow.t2i.config import RowsMethod
 from v2flow.t2i.extension import VisualTokens, is_tied
 from v2flow.t2i.word_directions import TokenWords, word_directions
-
-RowsMethod = Literal["vocabulary", "words", "projection", "random"]
 
 
 @dataclass
