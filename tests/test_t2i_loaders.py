@@ -103,9 +103,8 @@ def test_the_architecture_is_the_base_models_and_needs_no_code(exported: Exporte
 def test_rows_ids_and_types_agree(exported: Exported) -> None:
     """vLLM: rows of table and head are vocab_size. llama.cpp: the tokenizer's largest id is below it."""
     config, found = exported.json("config"), tensors(exported.folder)
-    (table,) = (
-        shape for name, (shape, _) in found.items() if name.endswith(("embed_tokens.weight", "wte.weight"))
-    )
+    names = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+    (table,) = (shape for name, (shape, _) in found.items() if name.endswith(names))
     assert table[0] == config["vocab_size"] == exported.model.tokens.eoi + 1
     tied = is_tied(exported.model.llm)
     assert config["tie_word_embeddings"] == tied == ("lm_head.weight" not in found)

@@ -53,19 +53,21 @@ def encode_ids(resampler: VisualVocabularyResampler, codes: Codebook, latents: L
     if resampler.config.hard:
         return double_ids(resampler, codes, latents)
     chosen, kinds = distinct_tokens(resampler, latents)
-    embeddings = soft_tokens(resampler, latents, torch.float32, described=0, chosen=chosen).embeddings[0]
+    embeddings = soft_tokens(
+        resampler, latents, torch.float32, described=0, chosen=chosen
+    ).embeddings  # [1, U, D]
     ids, lead = nearest_codes(embeddings, codes)
     # An embedding shorter than the rows it is a mean of is the small remainder of larger sums, and their rounding.
     table = resampler.table
     rows = torch.linalg.vector_norm(table, dtype=torch.float32) / len(table) ** 0.5  # without a copy of it
     shortness = (rows / embeddings.norm(dim=-1)).clamp_min(1.0)
     near = ~(lead > MARGIN * torch.finfo(torch.float32).eps * shortness)
-    chosen[chosen.clone()] = near
+    chosen[chosen.clone()] = near[0]
     pictures = chosen.any(dim=-1)
     if pictures.any():
         again = soft_tokens(resampler, latents[pictures], torch.float64, described=0, chosen=chosen[pictures])
         ids[near] = nearest_codes(again.embeddings, codes)[0][0]
-    return ids[kinds]
+    return ids[0, kinds]
 
 
 def distinct_tokens(resampler: VisualVocabularyResampler, latents: Latents) -> tuple[TokenFlags, VisualIds]:
