@@ -111,7 +111,7 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     (r"(?s)python - .*push_to_hub", "needs an account of the hub", PUSH),
     (r"vllm |python convert_hf_to_gguf\.py|llama-server ", "a server of another project", PLAIN),
     (
-        r"v2flow (fit --config|evaluate --json|data tokens --views 6)$",
+        r"v2flow (fit --config|evaluate --json|export --encoder|data tokens --views 6)$",
         "names an option, no whole command",
         WORDS,
     ),
@@ -157,7 +157,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
 
 def check(done: subprocess.CompletedProcess[str]) -> None:
     """All ran, or the test says which line did not and what came of it."""
-    said = done.stdout.replace("\r", "\n")
+    said = "\n" + done.stdout.replace("\r", "\n")
     assert done.returncode == 0, said[said.rindex("\n$ ") :][-3000:]
 
 
