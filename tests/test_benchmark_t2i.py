@@ -113,6 +113,7 @@ def scene_suite(toys: SceneToys, folder: Path, **changes: Any) -> Path:
     return write_suite(folder, **{"arguments": [STEPS], "rows": rows, "evaluate": evaluate, **changes})
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer keeps")  # a toy
 def test_rows_are_trained_once_scored_and_reported(
     toys: SceneToys, tmp_path: Path, called: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
