@@ -47,7 +47,7 @@ napoleon_use_ivar = True
 _OTHERS = (
     "torch|nn|np|numpy|lightning|PIL|transformers|tokenizers|huggingface_hub|argparse|pathlib|collections"
 )
-_OTHERS += "|tarfile|threading|torch_fidelity"
+_OTHERS += "|tarfile|datetime|threading|torch_fidelity"
 nitpick_ignore_regex = [
     (r"py:.*", rf"({_OTHERS})\b.*"),
     (r"py:class", r"\w+\[.*"),  # a generic type that was written as text

@@ -177,7 +177,7 @@ def open_shards(shards: Shards, allow_pipe: bool = False, progress: bool = True)
     Remote shards without a manifest are fetched now, those with one when they are first read.
 
     Args:
-        shards, allow_pipe: see :func:`expand_shards`.
+        shards, allow_pipe: see :func:`v2flow.data.shard_names.expand_shards`.
         progress: show a bar when it takes more than two seconds.
 
     Raises:
