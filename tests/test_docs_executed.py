@@ -51,6 +51,7 @@ LATENT_TRAINING = "test_data_latents.py::test_a_training_on_latents_is_that_on_p
 HOOKS = "test_habits.py::test_hooks_are_the_commands_of_make_lint_and_what_it_installs"
 FRONTIER = "test_decode_presets.py::test_the_frontier_is_measured_resumed_and_becomes_presets"
 SPEED = "test_speed.py::test_a_smoke_run_of_all_parts"
+GENERATION = "test_generation_speed.py::test_ratios_are_of_the_captions_of_a_file"
 SUITE = "test_benchmark.py::test_rows_are_trained_once_scored_and_reported"
 SOAK = "faults/test_soak.py::test_a_process_that_each_validation_leaves_behind_is_found"
 PLANS = "test_cli_plan.py::test_every_experiment_is_planned_without_weights_or_data"
@@ -82,6 +83,7 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     (r"(make|v2flow) benchmark", "trains for minutes a row", SUITE),
     (r"v2flow plan --all ", "plans each experiment", PLANS),
     (r"python benchmarks/decoding_frontier\.py ", "minutes of measurement", FRONTIER),
+    (r"python benchmarks/generation_speed\.py ", "minutes of measurement", GENERATION),
     (r"python benchmarks/speed\.py$", "minutes of measurement", SPEED),
     (r"python benchmarks/check_plan\.py$", "minutes of measurement", STEP),
     (r"v2flow fit .*(fsdp2|FSDP2Strategy)", "needs eight GPUs", SHARDING),
