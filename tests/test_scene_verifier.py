@@ -96,7 +96,7 @@ def test_degraded_renderings(kind: str, scenes: list[Scene], pictures: np.ndarra
     assert 21 < (10 * np.log10(255**2 / mse)).mean() < 29
     scores = score_scenes(tensor(degraded), scenes)
     # JPEG halves the resolution of colour, and yellow on white is little but colour: its squares become round.
-    assert scores["overall"] >= 0.97 and min(scores.values()) >= (0.94 if kind == "jpeg" else 0.96)
+    assert scores["overall"] >= 0.97 and min(scores.values()) >= (0.94 if kind == "jpeg" else 0.97)
 
 
 def test_shuffled_captions_score_at_chance(scenes: list[Scene], pictures: np.ndarray) -> None:

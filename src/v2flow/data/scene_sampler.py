@@ -141,19 +141,19 @@ def _pick(rng: random.Random, options: Sequence[Any]) -> Any:
     return options[int(rng.random() * len(options))]
 
 
-def _pick_two(rng: random.Random, options: Sequence[str], equal: bool = False) -> tuple[str, str]:
-    """Two different ones; with `equal` they may be the same."""
+def _pick_two(rng: random.Random, options: Sequence[str]) -> tuple[str, str]:
+    """Two different ones."""
     first = _pick(rng, options)
-    return first, _pick(rng, [option for option in options if equal or option != first])
+    return first, _pick(rng, [option for option in options if option != first])
 
 
 def _draw(task: str, rng: random.Random) -> tuple[tuple[Demand, ...], str | None, tuple[Demand, ...]]:
     """What a caption says, the relation, and all that is drawn: every attribute, said or not."""
-    names = _pick(rng, _SAID[task])
-    # A red ring beside a blue one: or the second shape would always be another, which training teaches as a rule.
-    shapes = _pick_two(rng, SHAPES, equal="colour" in names)
-    colours = _pick_two(rng, tuple(COLOURS))
+    shapes, colours = _pick_two(rng, SHAPES), _pick_two(rng, tuple(COLOURS))
     sizes = ("small", "small") if task == "counting" else tuple(_pick(rng, tuple(SIZES)) for _ in range(2))
+    names = _pick(rng, _SAID[task])
+    if task in ("color_attr", "position") and "colour" in names and rng.random() * len(SHAPES) < 1:
+        shapes = (shapes[0], shapes[0])  # or training would teach that the second shape is always another
     if "colour" not in names:
         colours = (INK, INK)
     place = _pick(rng, PLACES) if "place" in names else None
