@@ -11,9 +11,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from typing import Any
 
-from v2flow.data.scenes import COLOURS, PLACES, REACH, RELATIONS, SHAPES, SIZES, TASKS, Demand, Object, Scene
+from v2flow.data.scenes import (
+    COLOURS,
+    PLACES,
+    REACH,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TASKS,
+    Demand,
+    Object,
+    Scene,
+    forward,
+)
 from v2flow.data.writer import SPLITS
 from v2flow.errors import V2FlowError
 
@@ -49,22 +62,28 @@ class HeldOut:
 
     Attributes:
         duos: two shapes in one picture, whatever their colours.
+        things: two objects, (colour, shape) each, in one picture.
+        relations: (shape, relation, shape) that a caption says, from the left or from above.
         places: (colour, shape, place) of an only object whose place the caption says.
         counts: (colour, shape, number) of equal objects.
         pairs: (colour, shape) of any object.
     """
 
     duos: frozenset[frozenset[str]]
+    things: frozenset[frozenset[tuple[str, str]]] = frozenset()
+    relations: frozenset[tuple[str, str, str]] = frozenset()
     places: frozenset[tuple[str, str, str]] = frozenset()
     counts: frozenset[tuple[str, str, int]] = frozenset()
     pairs: frozenset[tuple[str, str]] = frozenset()
 
-    def among(self, kinds: Sequence[Demand]) -> bool:
+    def among(self, kinds: Sequence[Demand], relation: str | None = None) -> bool:
         """Whether things are a held-out combination: all with a colour, and with a place if the caption says one."""
-        things = Counter((kind.colour, kind.shape) for kind in kinds)
+        things = Counter((str(kind.colour), kind.shape) for kind in kinds)
         shapes = {kind.shape for kind in kinds}
         return (
             any(duo <= shapes for duo in self.duos)
+            or frozenset(things) in self.things
+            or (relation is not None and forward(kinds[0].shape, relation, kinds[1].shape) in self.relations)
             or any((kind.colour, kind.shape, kind.place) in self.places for kind in kinds)
             or any((*thing, number) in self.counts for thing, number in things.items())
             or any(thing in self.pairs for thing in things)
@@ -75,12 +94,14 @@ class HeldOut:
 def held_out(level: str = "whole") -> HeldOut:
     """The combinations that only the split `test` shows, the same for every seed of samples.
 
-    At either level shapes that are neighbours when the six stand in a circle in random order are never in one picture:
-    6 of 15 duos, each shape keeps three partners. For single objects and numbers of them, the level decides:
+    At either level each shape is never in one picture with one of the others: 3 of 15 duos. For what else a caption
+    says, the level decides:
 
-    - `whole`: what a caption says as a whole is new, each two attributes of it are not. A shape in a colour is never
-      shown alone at one of the four places (beside others it may lie there), and never in one of the numbers two, three
-      and four: 36 of 144 and of 108. The task `single_object` says no colour with a place: its new ones are black.
+    - `whole`: as a whole it is new, each two attributes of it are not. A quarter of two things in two colours is never
+      shown together, and of two shapes one of the four ways in which they can lie is never said: 12 of 48. (A picture
+      whose caption says no relation may show it.) A shape in a colour is never shown alone at one of the four places
+      (beside others it may lie there), and never in one of the numbers two, three and four: 36 of 144 and of 108. The
+      task `single_object` says no colour with a place: its new ones are black.
     - `pairs`: each colour but INK loses a shape, everywhere: 5 of 30 pairs.
 
     Raises:
@@ -89,21 +110,37 @@ def held_out(level: str = "whole") -> HeldOut:
     if level not in LEVELS:
         raise V2FlowError(f"option held-out: expected one of {', '.join(LEVELS)}, found {level!r}")
     rng = random.Random(f"held out {HELD_OUT_SEED}")
-    shapes, circle = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
-    duos = frozenset(frozenset(duo) for duo in zip(circle, circle[1:] + circle[:1], strict=True))
+    shapes, row = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
+    duos = frozenset(frozenset(duo) for duo in zip(row[::2], row[1::2], strict=True))
     if level == "pairs":
         colours = [colour for colour in COLOURS if colour != INK]
         return HeldOut(duos, pairs=frozenset(zip(colours, shapes, strict=False)))
     # In this order each colour and each shape loses every place once or twice, every number twice.
     order = [
-        (colour, shape, row + column)
-        for row, colour in enumerate(COLOURS)
+        (colour, shape, number + column)
+        for number, colour in enumerate(COLOURS)
         for column, shape in enumerate(shapes)
     ]
     return HeldOut(
         duos,
+        things=frozenset(
+            frozenset(((first, one), (second, other)))
+            for first, one, turn in order
+            for second, other, other_turn in order
+            if first != second and (turn + other_turn) % 4 == 0 and frozenset((one, other)) not in duos
+        ),
+        relations=_unsaid_relations(duos),
         places=frozenset((colour, shape, PLACES[turn % 4]) for colour, shape, turn in order),
         counts=frozenset((colour, shape, 2 + turn % 3) for colour, shape, turn in order),
+    )
+
+
+def _unsaid_relations(duos: frozenset[frozenset[str]]) -> frozenset[tuple[str, str, str]]:
+    """Of all other duos one way to lie, each of the four as often."""
+    others = [duo for duo in combinations(SHAPES, 2) if frozenset(duo) not in duos]
+    return frozenset(
+        forward(first, tuple(RELATIONS)[turn % len(RELATIONS)], second)
+        for turn, (first, second) in enumerate(others)
     )
 
 
@@ -130,7 +167,7 @@ def sample_scene(seed: int, split: str, index: int, level: str = "whole") -> Sce
     task = tasks[index % len(tasks)]
     while True:
         demands, relation, kinds = _draw(task, rng)
-        if held_out(level).among(kinds) == (split == "test"):
+        if held_out(level).among(kinds, relation) == (split == "test"):
             break
     objects = _quarters(kinds, rng) if len(kinds) > 1 and task == "counting" else _place(kinds, relation, rng)
     return Scene(task, _caption(task, demands, relation, rng), objects, demands, relation)

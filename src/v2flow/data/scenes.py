@@ -89,6 +89,12 @@ class Demand:
         )
 
 
+def forward(first: str, relation: str, second: str) -> tuple[str, str, str]:
+    """A relation said from the left or from above: `a right of b` is `b left of a`."""
+    turned = {"right": "left", "below": "above"}
+    return (second, turned[relation], first) if relation in turned else (first, relation, second)
+
+
 @dataclass(frozen=True)
 class Scene:
     """A picture to draw with its caption.
@@ -109,12 +115,16 @@ class Scene:
 
     @property
     def group(self) -> str:
-        """What is drawn, as `blue ring + red square` or `red bar at the top left`; none is in train and test."""
-        things = (
+        """What is drawn and said of it, as `blue ring + red square`, `red bar at the top left` or `black ring above
+        black bar`; none is in train and test."""
+        things = [
             f"{thing.colour} {thing.shape}" + (f" at the {demand.place}" if demand.place else "")
             for thing, demand in zip(self.objects, self.demands, strict=True)
-        )
-        return " + ".join(sorted(things))
+        ]
+        if self.relation is None:
+            return " + ".join(sorted(things))
+        first, relation, second = forward(things[0], self.relation, things[1])
+        return f"{first} {RELATIONS[relation][0]} {second}"
 
     def to_json(self) -> str:
         """The scene on one line, read back by :func:`scene_from_json`."""
