@@ -15,7 +15,7 @@ from t2i_training_toys import Toys, toy_tokenizer
 from torch import Tensor, nn
 
 from v2flow.cli import main
-from v2flow.data.scene_sampler import sample_scene
+from v2flow.data.scene_sampler import held_out, sample_scene
 from v2flow.data.shapes import build_shapes, render
 from v2flow.data.tokens import build_tokens
 from v2flow.errors import V2FlowError
@@ -31,7 +31,7 @@ from v2flow.t2i.metrics.picture_distance import distance_rows, nearest_training_
 from v2flow.t2i.metrics.retrieval import distractors, is_first, retrieval_accuracy
 from v2flow.t2i.metrics.rows import Drawing, deal_words, draw_rows, shuffled_order
 from v2flow.t2i.metrics.samples import CaptionedSamples, read_samples, scene_group
-from v2flow.t2i.metrics.shapes_score import shapes_rows
+from v2flow.t2i.metrics.shapes_score import duo_rows, shapes_rows
 from v2flow.t2i.metrics.training_set import open_training_set
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.tokenizer import V2FlowTokenizer
@@ -218,6 +218,25 @@ def test_shapes_rows_of_true_renderings() -> None:
     assert scores["reconstructed"]["overall"] >= 0.98 and set(scores["generated"].values()) >= {1.0}
     assert scores["captions_shuffled"]["overall"] < 0.35
     assert scores["marginal_ids"]["overall"] == 0.0
+
+
+def test_duo_rows_tell_new_pairs_of_shapes_from_seen_ones() -> None:
+    scenes = [sample_scene(0, "test", index) for index in range(120)]
+    pictures = torch.stack([torch.from_numpy(render(scene, 32)).permute(2, 0, 1) for scene in scenes])
+    new = [frozenset(each.shape for each in scene.objects) in held_out().duos for scene in scenes]
+    pictures[torch.tensor(new)] = 255
+    rows = duo_rows(pictures, scenes)
+    assert rows["new_duo"] == {
+        "two_object": 0,
+        "color_attr": 0,
+        "position": 0,
+        "overall": 0,
+        "pictures": sum(new),
+    }
+    seen = rows["seen_duo"]
+    assert set(seen) == {"color_attr", "position", "overall", "pictures"} and seen["overall"] >= 0.98
+    assert seen["pictures"] + sum(new) == 60
+    assert duo_rows(pictures[:8], [sample_scene(0, "val", index) for index in range(8)]) == {}
 
 
 def test_distances_tell_sets_and_pairs_apart() -> None:

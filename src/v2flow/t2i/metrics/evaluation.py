@@ -30,7 +30,7 @@ from v2flow.t2i.metrics.rows import (
     shuffled_order,
 )
 from v2flow.t2i.metrics.samples import CaptionedSamples
-from v2flow.t2i.metrics.shapes_score import shapes_rows
+from v2flow.t2i.metrics.shapes_score import duo_rows, shapes_rows
 from v2flow.t2i.metrics.training_set import TrainingSet
 
 POSITION_PICTURES = 64
@@ -94,9 +94,9 @@ def evaluate_text_to_image(
 
     Returns:
         A report with `samples`, `retrieval` (see `retrieval_accuracy`), `language` (perplexity, perplexity_before,
-        text_mass, nats_per_token), where there are scenes `shapes` (row -> task -> share), where there are pictures
-        `distances` (row -> figures, see `distance_rows`) and `memorisation`, where there are CLIP's weights
-        `clip_score` (row -> score), `notes` (absent figure -> reason) and `protocol`.
+        text_mass, nats_per_token), where there are scenes `shapes` (row -> task -> share) and `duos` (see `duo_rows`),
+        where there are pictures `distances` (row -> figures, see `distance_rows`) and `memorisation`, where there are
+        CLIP's weights `clip_score` (row -> score), `notes` (absent figure -> reason) and `protocol`.
 
     Raises:
         V2FlowError: an option out of range, or too few groups of captions for retrieval.
@@ -138,6 +138,7 @@ def _score_rows(
     if samples.scenes is not None:
         try:
             report["shapes"] = shapes_rows(rows | real, samples.scenes, order)
+            report["duos"] = duo_rows(rows[GENERATED], samples.scenes)
         except V2FlowError as error:  # pictures smaller than the verifier reads
             report["notes"]["shapes"] = str(error)
     if training is not None and training.has_pictures:

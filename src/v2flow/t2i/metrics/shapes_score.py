@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from v2flow.data.scene_sampler import held_out
 from v2flow.data.scenes import Scene
 from v2flow.metrics.scene_verifier import score_scenes
 from v2flow.t2i.metrics.rows import GENERATED, SHUFFLED, WORDS
@@ -28,3 +29,30 @@ def shapes_rows(
     scores = {name: score_scenes(pictures, scenes) for name, pictures in rows.items() if name != WORDS}
     shuffled = {SHUFFLED: score_scenes(rows[GENERATED], [scenes[i] for i in order.tolist()])}
     return {GENERATED: scores.pop(GENERATED)} | shuffled | scores
+
+
+def duo_rows(pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
+    """The scores of scenes with two shapes: `new_duo`, which training never shows in one picture, and `seen_duo`.
+
+    The latter's scenes are new by their colours or by what is said of how they lie; see `scene_sampler.held_out`.
+    Scenes without any held-out duo give no rows.
+
+    Args:
+        pictures: generated, `[n, 3, S, S]`, floating point in [0, 1] or uint8.
+        scenes: one for each picture.
+    """
+    duos = held_out().duos
+    new = [frozenset(each.shape for each in scene.objects) in duos for scene in scenes]
+    parts = {
+        "new_duo": [i for i, is_new in enumerate(new) if is_new],
+        "seen_duo": [
+            i for i, is_new in enumerate(new) if not is_new and scenes[i].task in ("color_attr", "position")
+        ],
+    }
+    if not parts["new_duo"]:
+        return {}
+    return {
+        name: score_scenes(pictures[part], [scenes[i] for i in part]) | {"pictures": len(part)}
+        for name, part in parts.items()
+        if part
+    }

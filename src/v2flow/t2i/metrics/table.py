@@ -24,7 +24,7 @@ def text_to_image_table(report: Mapping[str, Any]) -> str:
     """The report of `evaluate_text_to_image`: the shapes score, distances with CLIPScore, and single figures."""
     lines: list[str] = []
     if "shapes" in report:
-        lines += ["shapes score", *format_rows(report["shapes"], _SHAPES), ""]
+        lines += ["shapes score", *format_rows(report["shapes"] | report.get("duos", {}), _SHAPES), ""]
     distances = {name: dict(row) for name, row in report.get("distances", {}).items()}
     for name, score in report.get("clip_score", {}).items():
         distances.setdefault(name, {})["clip_score"] = score
