@@ -83,6 +83,36 @@ def test_the_error_of_a_difference_leaves_a_picture_out_of_both() -> None:
     assert error < math.hypot(*apart)
 
 
+def test_draws_of_one_thing_are_not_compared_and_leave_together() -> None:
+    """Against the plain sums over pairs of different things."""
+    x, y, draws = features(9, 2), features(21, 3, shift=0.2), 3
+    things = y.reshape(draws, 7, -1).transpose(0, 1)  # draw after draw
+
+    def estimate(a: torch.Tensor, b: torch.Tensor) -> float:
+        def mean(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+            return float(np.mean([polynomial_kernel(p.double(), q.double()).mean().item() for p, q in pairs]))
+
+        within = [mean(list(itertools.permutations(rows, 2))) for rows in (a[:, None], b)]
+        return sum(within) - 2 * mean([(p, q) for p in a[:, None] for q in b])
+
+    def without(rows: torch.Tensor, i: int) -> torch.Tensor:
+        return torch.cat([rows[:i], rows[i + 1 :]])
+
+    left = (
+        [estimate(without(x, i), things) for i in range(9)],
+        [estimate(x, without(things, i)) for i in range(7)],
+    )
+    expected = sum((len(values) - 1) * float(np.var(values)) for values in left)
+    found = kernel_distance(x, y, paired=False, draws=draws)
+    assert found.value == pytest.approx(estimate(x, things), rel=1e-9)
+    assert found.standard_error == pytest.approx(math.sqrt(expected), rel=1e-6)
+    value, error = kernel_difference(x, features(6, 4), y, (1, draws))
+    assert value == pytest.approx(
+        found.value - kernel_distance(x, features(6, 4), paired=False).value, rel=1e-9
+    )
+    assert error > 0
+
+
 def test_kid_is_unbiased() -> None:
     """Expectation over every sample of a small discrete world, worked out exactly, equals the true squared MMD."""
     worlds = [torch.tensor([[0.0, 0.0], [2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])]

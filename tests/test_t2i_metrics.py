@@ -192,6 +192,17 @@ def test_rows_are_repeatable_and_what_they_say() -> None:
         Drawing({"top": 3})
 
 
+def test_further_draws_are_those_of_the_next_seeds() -> None:
+    model, samples = build(), samples_of(EIGHT)
+    rows = draw_rows(model, samples, Drawing(seed=5, draws=2))
+    first, second = (draw_rows(model, samples, Drawing(seed=seed)) for seed in (5, 6))
+    for name in ("generated", "words_shuffled"):
+        assert torch.equal(rows[name], torch.cat([first[name], second[name]]))
+    assert len(rows["reconstructed"]) == len(samples)
+    with pytest.raises(V2FlowError, match="option draws: expected at least 1, found 0"):
+        Drawing(draws=0)
+
+
 def test_words_are_dealt_out_anew_and_orders_leave_nothing_in_place() -> None:
     dealt = deal_words(EIGHT, seeded())
     assert sorted(" ".join(dealt).split()) == sorted(" ".join(EIGHT).split()) and dealt != EIGHT
@@ -253,6 +264,11 @@ def test_distances_tell_sets_and_pairs_apart() -> None:
     above = found["marginal_ids"][kid] - found["generated"][kid]
     assert found["marginal_ids"][f"{kid}_above_generated"] == pytest.approx(above)
     assert f"{kid}_u" in found["reconstructed"] and kid in found["real_vs_real"]
+    twice = distance_rows(
+        real, rows | {"generated": torch.cat([real, real])}, [efficientnet(32)], shuffled_order(12, Drawing())
+    )
+    for name in ("generated", "captions_shuffled", "marginal_ids"):
+        assert twice[name] == pytest.approx(found[name], abs=1e-5)
 
 
 def test_nearest_training_pictures_are_found() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from v2flow.errors import V2FlowError
 
 _SAMPLING = ("temperature", "top_k", "top_p", "guidance")
-_OWN = ("pictures", "retrieval_pictures", "ways", "no_untrained", *_SAMPLING)
+_OWN = ("pictures", "retrieval_pictures", "ways", "no_untrained", "draws", *_SAMPLING)
 
 
 def add_text_to_image_options(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,8 @@ def add_text_to_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retrieval-pictures", type=int, default=unset, metavar="N", help="find the captions of the "
                        "first N pictures; default: 256")  # fmt: skip
     group.add_argument("--ways", type=int, default=unset, metavar="N", help="among N captions; default: 16")
+    group.add_argument("--draws", type=int, default=unset, metavar="N", help="draw every caption N times for the "
+                       "distances of sets; default: 1")  # fmt: skip
     group.add_argument("--no-untrained", action="store_true", default=unset, help="leave out the row of the model "
                        "before its training")  # fmt: skip
     group.add_argument(
@@ -85,7 +87,8 @@ def _drawing(options: argparse.Namespace) -> Any:
             f"option --modes: expected one way to turn visual tokens into pixels, found {len(modes)}"
         )
     sampling = {name: getattr(options, name) for name in _SAMPLING if hasattr(options, name)}
-    return Drawing(sampling, next(iter(modes.values())), options.batch_size, options.seed)
+    decode = next(iter(modes.values()))
+    return Drawing(sampling, decode, options.batch_size, options.seed, getattr(options, "draws", 1))
 
 
 def _refuse_tokenizer_options(options: argparse.Namespace) -> None:

@@ -22,6 +22,8 @@ KERNEL_CHUNK = 1024
 class KernelSums:
     """Sums of the kernel matrix of two sets X [m, d] and Y [n, d], enough for the MMD and its jackknife.
 
+    With several draws of Y, n is the number of its things, and k(x, y) is the mean over a thing's draws.
+
     Attributes:
         xx: row sums of k(X, X) without the diagonal, [m] fp64.
         yy: row sums of k(Y, Y) without the diagonal, [n] fp64.
@@ -42,8 +44,8 @@ def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
-def kernel_sums(x: Tensor, y: Tensor) -> KernelSums:
-    """Sums of the kernel matrices of x [m, d] and y [n, d] in fp64, by blocks of rows."""
+def kernel_sums(x: Tensor, y: Tensor, draws: int = 1) -> KernelSums:
+    """Sums of the kernel matrices of x [m, d] and y [draws * n, d] in fp64, by blocks of rows."""
     x, y = x.double(), y.double()
     rows = []
     columns = torch.zeros(len(y), dtype=torch.float64, device=y.device)
@@ -52,9 +54,13 @@ def kernel_sums(x: Tensor, y: Tensor) -> KernelSums:
         rows.append(block.sum(1))
         columns += block.sum(0)
     pairs = ((x * y).sum(1) / x.shape[1] + 1.0) ** 3 if len(x) == len(y) else None
-    return KernelSums(
-        _row_sums_without_diagonal(x), _row_sums_without_diagonal(y), torch.cat(rows), columns, pairs
-    )
+    within = _row_sums_without_diagonal(y)
+    if draws > 1:  # two draws of one thing are no two independent things
+        things = y.unflatten(0, (draws, -1)).transpose(0, 1)
+        own = torch.stack([_row_sums_without_diagonal(thing).sum() for thing in things])
+        within = (within.unflatten(0, (draws, -1)).sum(0) - own) / draws**2
+    columns = columns.unflatten(0, (draws, -1)).mean(0)
+    return KernelSums(_row_sums_without_diagonal(x), within, torch.cat(rows) / draws, columns, pairs)
 
 
 def _row_sums_without_diagonal(x: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ class KernelDistance:
     u_statistic: float | None
 
 
-def kernel_distance(x: Tensor, y: Tensor, paired: bool) -> KernelDistance:
+def kernel_distance(x: Tensor, y: Tensor, paired: bool, draws: int = 1) -> KernelDistance:
     """KID: the estimate of the squared MMD under the cubic kernel, over the whole of both sets.
 
     `value` equals torch-fidelity's `kernel_inception_distance_mean` with one subset that holds every picture.
@@ -93,16 +99,18 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool) -> KernelDistance:
 
     Args:
         x, y: features [m, d] and [n, d].
-        paired: row i of `y` is made from row i of `x`; needs m = n.
+        paired: row i of `y` is made from row i of `x`; needs m = n and one draw.
+        draws: `y` [draws * n, d] holds so many rows of each of its things, as of a caption: all things once, then all
+            once more, and so on. A thing's rows are not compared with each other, and leave together.
 
     Raises:
         V2FlowError: fewer than three pictures in a set (the jackknife of an unbiased estimate needs three).
     """
-    if min(len(x), len(y)) < 3:
+    if min(len(x), len(y) // draws) < 3:
         raise V2FlowError(
-            f"KID needs at least 3 pictures in each set, found {len(x)} and {len(y)}: add pictures"
+            f"KID needs at least 3 pictures in each set, found {len(x)} and {len(y) // draws}: add pictures"
         )
-    sums = kernel_sums(x, y)
+    sums = kernel_sums(x, y, draws)
     if not paired:
         without_x, without_y = _left_out(sums)
         error = math.sqrt(_jackknife_variance(without_x) + _jackknife_variance(without_y))
@@ -120,7 +128,9 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool) -> KernelDistance:
     return KernelDistance(_estimate(sums), math.sqrt(variance), u_statistic.item())
 
 
-def kernel_difference(x: Tensor, near: Tensor, far: Tensor) -> tuple[float, float]:
+def kernel_difference(
+    x: Tensor, near: Tensor, far: Tensor, draws: tuple[int, int] = (1, 1)
+) -> tuple[float, float]:
     """KID of x and `far` less KID of x and `near`, and its standard error.
 
     Both distances are of the same pictures x, and much of what each does not know is the same for both: the jackknife
@@ -128,8 +138,9 @@ def kernel_difference(x: Tensor, near: Tensor, far: Tensor) -> tuple[float, floa
 
     Args:
         x, near, far: features [m, d], [n, d] and [o, d], each independent of the others.
+        draws: of `near` and of `far`, see :func:`kernel_distance`.
     """
-    sums = kernel_sums(x, near), kernel_sums(x, far)
+    sums = kernel_sums(x, near, draws[0]), kernel_sums(x, far, draws[1])
     (near_x, near_y), (far_x, far_y) = map(_left_out, sums)
     variance = sum(map(_jackknife_variance, (far_x - near_x, near_y, far_y)))
     return _estimate(sums[1]) - _estimate(sums[0]), math.sqrt(variance)
@@ -141,7 +152,7 @@ def _estimate(sums: KernelSums) -> float:
 
 
 def _left_out(sums: KernelSums) -> tuple[Tensor, Tensor]:
-    """The estimate without each row of x `[m]`, and without each of y `[n]`, both up to what is the same for all."""
+    """The estimate without each of x `[m]`, and without each of y `[n]`, both up to what is the same for all."""
     m, n, between = len(sums.xx), len(sums.yy), sums.xy_rows.sum()
     without_x = _without_each(sums.xx) - 2 * (between - sums.xy_rows) / ((m - 1) * n)
     without_y = _without_each(sums.yy) - 2 * (between - sums.xy_columns) / (m * (n - 1))

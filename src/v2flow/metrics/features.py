@@ -157,11 +157,11 @@ class FeatureDistances:
         return figures, baseline, notes
 
 
-def kid_figures(name: str, real: Tensor, rows: Tensor, paired: bool) -> dict[str, float]:
-    """`name`, `name_se` and for pairs `name_u`, see :class:`v2flow.metrics.distances.KernelDistance`; empty for too
+def kid_figures(name: str, real: Tensor, rows: Tensor, paired: bool, draws: int = 1) -> dict[str, float]:
+    """`name`, `name_se` and for pairs `name_u`, see :func:`v2flow.metrics.distances.kernel_distance`; empty for too
     few pictures."""
     if min(len(real), len(rows)) < KID_MINIMUM:
         return {}
-    distance = kernel_distance(real, rows, paired)
+    distance = kernel_distance(real, rows, paired, draws)
     figures = {name: distance.value, f"{name}_se": distance.standard_error}
     return figures if distance.u_statistic is None else figures | {f"{name}_u": distance.u_statistic}

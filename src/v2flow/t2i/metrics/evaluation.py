@@ -134,6 +134,7 @@ def _score_rows(
 ) -> list[FeatureNetwork]:  # fmt: skip
     """Adds the figures of pictures to the report; returns the networks that took part."""
     order = shuffled_order(len(samples), drawing)
+    draws, rows = rows, {name: pictures[: len(samples)] for name, pictures in rows.items()}
     real = {} if samples.pictures is None else {REAL: samples.pictures}
     if samples.scenes is not None:
         try:
@@ -144,7 +145,7 @@ def _score_rows(
     if training is not None and training.has_pictures:
         nearest, psnr = training.nearest(rows[GENERATED])
         report["memorisation"] = {"psnr_to_nearest_training_picture": psnr}
-        rows = rows | {NEAREST: nearest}
+        draws = draws | {NEAREST: nearest}
     elif training is not None:
         report["notes"]["memorisation"] = (
             "token shards without pictures: name training picture shards instead"
@@ -163,7 +164,7 @@ def _score_rows(
     height, width = samples.pictures.shape[2:]
     found = load_networks(height, width, device)
     report["notes"] |= {name: note for name, note in found.notes.items() if name == "kid-inception"}
-    report["distances"] = distance_rows(samples.pictures, rows, found.networks, order, device)
+    report["distances"] = distance_rows(samples.pictures, draws, found.networks, order, device)
     return found.networks
 
 
@@ -190,7 +191,10 @@ def _protocol(
     }
     if networks:
         protocol |= describe_networks(networks)
-        protocol["kid_se"] = "delete-one jackknife of both sets; of pairs for reconstructions"
+        protocol["draws"] = drawing.draws
+        protocol["kid_se"] = (
+            "delete-one jackknife of both sets, a caption with all its draws; of pairs for reconstructions"
+        )
         protocol["kid_above_generated"] = "difference on the same real pictures, which leave both at once"
         protocol["pair"] = "mean cosine of features with the real picture of the caption, less the real mean"
     return protocol

@@ -32,7 +32,8 @@ def distance_rows(
 
     Args:
         real: uint8 `[n, 3, H, W]`.
-        rows: uint8 `[n, 3, H, W]` each, picture i made for the caption of `real[i]`.
+        rows: uint8 `[n, 3, H, W]` each, picture i made for the caption of `real[i]`; with several draws of a row, all
+            captions once, then all once more, and so on.
         order: permutation `[n]`, see `shuffled_order`.
         device: where the networks are.
     """
@@ -41,14 +42,17 @@ def distance_rows(
         truth = network.features(real.to(device))
         features = {name: network.features(pictures.to(device)) for name, pictures in rows.items()}
         if GENERATED in features:
-            features[SHUFFLED] = features[GENERATED][order.to(device)]
+            drawn = features[GENERATED].unflatten(0, (-1, len(truth)))
+            features[SHUFFLED] = drawn[:, order.to(device)].flatten(0, 1)
         pair = network.kid.replace("kid-", "pair-")
         for name, found in features.items():
             row = figures.setdefault(name, {})
-            row |= kid_figures(network.kid, truth, found, paired=name == RECONSTRUCTED)
+            draws = len(found) // len(truth)
+            row |= kid_figures(network.kid, truth, found, paired=name == RECONSTRUCTED, draws=draws)
             row |= pair_similarity(pair, truth, found)
             if name in CONTROLS and GENERATED in features and len(truth) >= KID_MINIMUM:
-                above, error = kernel_difference(truth, features[GENERATED], found)
+                near = features[GENERATED]
+                above, error = kernel_difference(truth, near, found, (len(near) // len(truth), draws))
                 row |= {f"{network.kid}_above_generated": above, f"{network.kid}_above_generated_se": error}
         half = kid_figures(network.kid, truth[0::2], truth[1::2], paired=False)
         figures["real_vs_real"] = figures.get("real_vs_real", {}) | half
@@ -56,11 +60,13 @@ def distance_rows(
 
 
 def pair_similarity(name: str, real: Tensor, rows: Tensor) -> dict[str, float]:
-    """Mean cosine of features `[n, d]` and its standard error over pictures; empty for fewer than 2."""
+    """Mean cosine of features `[n, d]` and `[draws * n, d]`, and its standard error over real pictures; empty for fewer
+    than 2."""
     if len(real) < 2:
         return {}
     centre = real.double().mean(0)
-    cosines = torch.cosine_similarity(real.double() - centre, rows.double() - centre, dim=1)
+    drawn = rows.double().unflatten(0, (-1, len(real)))
+    cosines = torch.cosine_similarity(real.double() - centre, drawn - centre, dim=-1).mean(0)
     return {name: cosines.mean().item(), f"{name}_se": cosines.std().item() / math.sqrt(len(cosines))}
 
 

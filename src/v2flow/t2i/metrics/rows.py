@@ -1,7 +1,7 @@
 """The pictures that are compared: generated ones, and what stands beside them as floor, control and ceiling."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Drawing:
         decode: fields of `DecodeOptions`.
         batch_size: captions at a time; it decides which noise of the decoder a picture gets.
         seed: of all draws; every row starts from it anew.
+        draws: how often `generated` and `words_shuffled` are drawn, each time with the next seed. More of them make
+            the distances of sets surer, whose captions are few.
 
     Raises:
         V2FlowError: an option that is unknown or out of range.
@@ -42,14 +44,21 @@ class Drawing:
     decode: Mapping[str, Any] = field(default_factory=lambda: dict(MEAN))
     batch_size: int = 16
     seed: int = 0
+    draws: int = 1
 
     def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise V2FlowError(f"option draws: expected at least 1, found {self.draws}")
         generation_options(self.options)
         decode_options(dict(self.decode))
 
     def generator(self, purpose: int) -> torch.Generator:
         """A source of draws on the CPU, whatever the model is on."""
         return seeded_generator(torch.device("cpu"), self.seed, purpose)
+
+    def again(self) -> list["Drawing"]:
+        """One for each draw."""
+        return [replace(self, seed=self.seed + turn, draws=1) for turn in range(self.draws)]
 
     def draw(self, model: Any, captions: Sequence[str]) -> Tensor:
         """Pictures uint8 `[n, 3, S, S]` of captions."""
@@ -74,7 +83,8 @@ def draw_rows(
     model: Any, samples: CaptionedSamples, drawing: Drawing, *, marginal: Tensor | None = None,
     untrained: Any = None, progress: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Pictures uint8 `[n, 3, S, S]` of each row, one for each sample.
+    """Pictures uint8 `[n, 3, S, S]` of each row, one for each sample; of the first two `[draws * n, 3, S, S]`, every
+    sample once, then every one once more, and so on.
 
     - `generated`: of the captions.
     - `words_shuffled`: of captions whose words were dealt out anew among all of them, see `deal_words`; no such row if
@@ -87,10 +97,15 @@ def draw_rows(
         marginal: counts `[N, K]` of `marginal_ids`; without them there is no such row.
         untrained: the model before training; without it there is no such row.
     """
-    steps: dict[str, Callable[[], Tensor]] = {GENERATED: lambda: drawing.draw(model, samples.captions)}
-    dealt = deal_words(samples.captions, drawing.generator(_WORDS))
-    if _fit(model, dealt):
-        steps[WORDS] = lambda: drawing.draw(model, dealt)
+    turns = drawing.again()
+    steps: dict[str, Callable[[], Tensor]] = {
+        GENERATED: lambda: torch.cat([turn.draw(model, samples.captions) for turn in turns])
+    }
+    dealt = [deal_words(samples.captions, turn.generator(_WORDS)) for turn in turns]
+    if all(_fit(model, captions) for captions in dealt):
+        steps[WORDS] = lambda: torch.cat(
+            [turn.draw(model, captions) for turn, captions in zip(turns, dealt, strict=True)]
+        )
     if marginal is not None:
         ids = sample_marginal(marginal, len(samples), drawing.generator(_MARGINAL))
         steps[MARGINAL] = lambda: drawing.pictures(model.tokenizer, ids)
