@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from v2flow.benchmark.runs import current_commit, machine
+from v2flow.benchmark.runs import machine
 from v2flow.benchmark.subject import Subject, seconds_of
 from v2flow.cli_training import build_experiment
 from v2flow.metrics.files import write_json
+from v2flow.origin import current_commit
 from v2flow.planning.estimate import step_seconds
 from v2flow.planning.experiment import read_experiment
 from v2flow.planning.hardware import this_cpu

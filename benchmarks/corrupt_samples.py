@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from v2flow.benchmark.runs import current_commit, machine
+from v2flow.benchmark.runs import machine
 from v2flow.data.batches import SampleReader, TrainBatches
 from v2flow.data.loaders import TrainLoader
 from v2flow.data.shards import open_shards
 from v2flow.data.writer import Sample, write_shards
+from v2flow.origin import current_commit
 
 SETS = ("clean", "damaged")
 DAMAGES = ("cut", "text", "flipped")

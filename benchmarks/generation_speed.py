@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from v2flow.benchmark.runs import current_commit, machine
+from v2flow.benchmark.runs import machine
 from v2flow.errors import V2FlowError
 from v2flow.inference import load_text_to_image_model
 from v2flow.metrics.files import write_json
+from v2flow.origin import current_commit
 from v2flow.t2i.prompts import read_prompts
 from v2flow.t2i.speed import generation_speed
 

@@ -21,9 +21,10 @@ import torch
 from speed_parts import data, reference, report, scaling, step, vocabulary
 from speed_parts.options import Options, smoke_options
 
-from v2flow.benchmark.runs import current_commit, machine
+from v2flow.benchmark.runs import machine
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
+from v2flow.origin import current_commit
 
 PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "step": step.measure, "data": data.measure, "reference": reference.measure, "vocabulary": vocabulary.measure,

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import corrupt_samples
 
-from v2flow.benchmark.runs import current_commit
+from v2flow.origin import current_commit
 
 SMALL = ["--samples", "96", "--share", "0.04", "--size", "32", "--image-size", "16", "--batch", "8"]
 

@@ -19,6 +19,7 @@ from v2flow.metrics.evaluator import ReconstructionEvaluator
 from v2flow.metrics.features import load_networks
 from v2flow.metrics.files import write_json
 from v2flow.metrics.floors import data_floors
+from v2flow.origin import origin
 from v2flow.training.checkpoint import load_model
 
 Weights = Literal["ema", "raw"]
@@ -254,7 +255,7 @@ def make_report(
     protocol = dict(next(iter(results.values()))["protocol"]) | {"weights": list(results)}
     figures = {name: {k: v for k, v in result.items() if k != "protocol"} for name, result in results.items()}
     report: dict[str, Any] = {"checkpoint": checkpoint, "model": model, "step": step}
-    report |= {"weights": figures, "protocol": protocol}
+    report |= origin() | {"weights": figures, "protocol": protocol}
     if floors is not None:
         report["floors"] = {row: dict(values) for row, values in floors.items()}
     return report

@@ -47,7 +47,8 @@ class Tally:
 
 def origin(script: str) -> dict[str, Any]:
     """Where a result comes from: the command, the commit, and the machine with the one thread of each training."""
-    from v2flow.benchmark.runs import current_commit, machine
+    from v2flow.benchmark.runs import machine
+    from v2flow.origin import current_commit
 
     return {
         "command": ["python", script, *sys.argv[1:]],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from v2flow.benchmark.runs import current_commit
+from v2flow.origin import current_commit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -8,7 +8,7 @@ import pytest
 from faults.soak import Soak, report
 from faults.verdict import judge
 
-from v2flow.benchmark.runs import current_commit
+from v2flow.origin import current_commit
 
 SECONDS = 3600.0
 

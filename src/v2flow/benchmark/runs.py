@@ -22,6 +22,7 @@ from v2flow.benchmark.plan import Plan
 from v2flow.benchmark.suite import Row, Suite, evaluate_command, fit_command, words_sha256
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
+from v2flow.origin import current_commit
 from v2flow.training.checkpoint_files import newest_checkpoint
 
 Result = dict[str, Any]
@@ -181,7 +182,7 @@ def _findings(evaluation: Mapping[str, Any]) -> Result:
     if "weights" in evaluation:
         keys = ("probes", "probe_notes")
         return {"weights": evaluation["weights"]} | {key: evaluation.get(key, {}) for key in keys}
-    head = ("checkpoint", "model", "step", "protocol")
+    head = ("checkpoint", "model", "step", "protocol", "date", "commit")
     return {"text_to_image": {key: value for key, value in evaluation.items() if key not in head}}
 
 
@@ -193,16 +194,6 @@ def _curve(folder: Path) -> list[dict[str, float]]:
             point = json.loads(line)
             points[point["step"]] = point
     return [points[step] for step in sorted(points)]
-
-
-def current_commit() -> str | None:
-    """The commit of the working tree, with `+` after it if files differ from it; None outside a repository."""
-    git = ["git", "-C", os.fspath(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True)
-    return head.stdout.strip() + ("+" if status.stdout else "")
 
 
 def machine(threads: int) -> dict[str, Any]:

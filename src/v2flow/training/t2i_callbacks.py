@@ -10,6 +10,7 @@ from v2flow.errors import V2FlowError
 from v2flow.images import GRID_COLUMNS, GRID_PICTURES
 from v2flow.metrics.files import write_json
 from v2flow.metrics.scene_verifier import score_scenes
+from v2flow.origin import origin
 from v2flow.t2i.generation import GenerationOptions
 from v2flow.t2i.metrics.evaluation import TextToImageEvaluation, evaluate_text_to_image
 from v2flow.t2i.metrics.retrieval import retrieval_accuracy
@@ -240,7 +241,7 @@ class TextToImageCallback(Callback):
             "step": trainer.global_step,
         }
         places["metrics"] = str(directory / "metrics.json")
-        write_json(places["metrics"], head | self._result.report)
+        write_json(places["metrics"], head | origin() | self._result.report)
         places["grid"] = str(directory / "grid.png")
         self._result.save_grid(places["grid"])
         print("v2flow: " + ", ".join(f"{name} {path}" for name, path in places.items()))

@@ -10,6 +10,7 @@ from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import describe_shards
 from v2flow.metrics.files import write_json
+from v2flow.origin import origin
 from v2flow.t2i.build import build_text_to_image
 from v2flow.t2i.checkpoint import load_text_to_image
 from v2flow.t2i.config import TextToImageConfig
@@ -53,7 +54,8 @@ def evaluate_text_to_image_checkpoint(
         device: cuda where there is one, else cpu, when left out.
 
     Returns:
-        The report of `evaluate_text_to_image` with `checkpoint`, `model`, `step` and the set and split in its protocol.
+        The report of `evaluate_text_to_image` with `checkpoint`, `model`, `step`, `date`, `commit` and the set and
+        split in its protocol.
 
     Raises:
         V2FlowError: unusable checkpoint, data or option.
@@ -80,7 +82,7 @@ def evaluate_text_to_image_checkpoint(
     )
     if note is not None:
         found.report["notes"]["untrained"] = note
-    report = {"checkpoint": str(path), "model": type(model).__name__, "step": step} | found.report
+    report = {"checkpoint": str(path), "model": type(model).__name__, "step": step} | origin() | found.report
     if json_path is not None:
         write_json(json_path, report)
     if grid_path is not None:
