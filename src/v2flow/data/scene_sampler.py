@@ -25,7 +25,7 @@ from v2flow.data.scenes import (
     Demand,
     Object,
     Scene,
-    forward,
+    canonical_relation,
 )
 from v2flow.data.writer import SPLITS
 from v2flow.errors import V2FlowError
@@ -62,28 +62,33 @@ class HeldOut:
 
     Attributes:
         duos: two shapes in one picture, whatever their colours.
-        things: two objects, (colour, shape) each, in one picture.
-        relations: (shape, relation, shape) that a caption says, from the left or from above.
+        object_pairs: two objects, (colour, shape) each, in one picture.
+        relations: (shape, relation, shape) that a caption says, see :func:`v2flow.data.scenes.canonical_relation`.
         places: (colour, shape, place) of an only object whose place the caption says.
         counts: (colour, shape, number) of equal objects.
         pairs: (colour, shape) of any object.
     """
 
     duos: frozenset[frozenset[str]]
-    things: frozenset[frozenset[tuple[str, str]]] = frozenset()
+    object_pairs: frozenset[frozenset[tuple[str, str]]] = frozenset()
     relations: frozenset[tuple[str, str, str]] = frozenset()
     places: frozenset[tuple[str, str, str]] = frozenset()
     counts: frozenset[tuple[str, str, int]] = frozenset()
     pairs: frozenset[tuple[str, str]] = frozenset()
 
     def among(self, kinds: Sequence[Demand], relation: str | None = None) -> bool:
-        """Whether things are a held-out combination: all with a colour, and with a place if the caption says one."""
+        """Whether things are a held-out combination.
+
+        Args:
+            kinds: what is drawn, all with a colour, and with a place if the caption says one.
+            relation: of the first to the second, if the caption says it.
+        """
         things = Counter((str(kind.colour), kind.shape) for kind in kinds)
         shapes = {kind.shape for kind in kinds}
         return (
             any(duo <= shapes for duo in self.duos)
-            or frozenset(things) in self.things
-            or (relation is not None and forward(kinds[0].shape, relation, kinds[1].shape) in self.relations)
+            or frozenset(things) in self.object_pairs
+            or (relation and canonical_relation(kinds[0].shape, relation, kinds[1].shape) in self.relations)
             or any((kind.colour, kind.shape, kind.place) in self.places for kind in kinds)
             or any((*thing, number) in self.counts for thing, number in things.items())
             or any(thing in self.pairs for thing in things)
@@ -97,11 +102,12 @@ def held_out(level: str = "whole") -> HeldOut:
     At either level each shape is never in one picture with one of the others: 3 of 15 duos. For what else a caption
     says, the level decides:
 
-    - `whole`: as a whole it is new, each two attributes of it are not. A quarter of two things in two colours is never
-      shown together, and of two shapes one of the four ways in which they can lie is never said: 12 of 48. (A picture
-      whose caption says no relation may show it.) A shape in a colour is never shown alone at one of the four places
-      (beside others it may lie there), and never in one of the numbers two, three and four: 36 of 144 and of 108. The
-      task `single_object` says no colour with a place: its new ones are black.
+    - `whole`: as a whole it is new, each two attributes of it are not. A quarter of two objects in two colours is never
+      shown together, though the same shapes with their colours swapped may be. Of two shapes one of the four ways in
+      which they can lie is never said: 12 of 48. (A picture whose caption says no relation may show it.) A shape in a
+      colour is never shown alone at one of the four places (beside others it may lie there), and never in one of the
+      numbers two, three and four: 36 of 144 and of 108. The task `single_object` says no colour with a place: its new
+      ones are black.
     - `pairs`: each colour but INK loses a shape, everywhere: 5 of 30 pairs.
 
     Raises:
@@ -111,36 +117,48 @@ def held_out(level: str = "whole") -> HeldOut:
         raise V2FlowError(f"option held-out: expected one of {', '.join(LEVELS)}, found {level!r}")
     rng = random.Random(f"held out {HELD_OUT_SEED}")
     shapes, row = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
-    duos = frozenset(frozenset(duo) for duo in zip(row[::2], row[1::2], strict=True))
+    circle = row[::2] + row[1::2]
+    duos = frozenset(frozenset(duo) for duo in zip(circle[:3], circle[3:], strict=True))
     if level == "pairs":
         colours = [colour for colour in COLOURS if colour != INK]
         return HeldOut(duos, pairs=frozenset(zip(colours, shapes, strict=False)))
     # In this order each colour and each shape loses every place once or twice, every number twice.
     order = [
-        (colour, shape, number + column)
-        for number, colour in enumerate(COLOURS)
+        (colour, shape, row + column)
+        for row, colour in enumerate(COLOURS)
         for column, shape in enumerate(shapes)
     ]
     return HeldOut(
         duos,
-        things=frozenset(
-            frozenset(((first, one), (second, other)))
-            for first, one, turn in order
-            for second, other, other_turn in order
-            if first != second and (turn + other_turn) % 4 == 0 and frozenset((one, other)) not in duos
+        object_pairs=_unseen_object_pairs(shapes, duos),
+        # Every shape is once on each side of what is never said.
+        relations=frozenset(
+            (shape, side, circle[(i + step) % 6])
+            for i, shape in enumerate(circle)
+            for side, step in (("left", 1), ("above", 2))
         ),
-        relations=_unsaid_relations(duos),
         places=frozenset((colour, shape, PLACES[turn % 4]) for colour, shape, turn in order),
         counts=frozenset((colour, shape, 2 + turn % 3) for colour, shape, turn in order),
     )
 
 
-def _unsaid_relations(duos: frozenset[frozenset[str]]) -> frozenset[tuple[str, str, str]]:
-    """Of all other duos one way to lie, each of the four as often."""
-    others = [duo for duo in combinations(SHAPES, 2) if frozenset(duo) not in duos]
+def _unseen_object_pairs(
+    shapes: Sequence[str], duos: frozenset[frozenset[str]]
+) -> frozenset[frozenset[tuple[str, str]]]:
+    """A quarter of two (colour, shape) in two colours, other duos aside."""
+    # A Latin square: each colour and each shape has the numbers 1 to 6. No sum of one of the colour and one of the
+    # shape, or the same two shapes with their colours swapped would be held out too.
+    number = {
+        (colour, shape): row * column % 7
+        for row, colour in enumerate(COLOURS, 1)
+        for column, shape in enumerate(shapes, 1)
+    }
     return frozenset(
-        forward(first, tuple(RELATIONS)[turn % len(RELATIONS)], second)
-        for turn, (first, second) in enumerate(others)
+        frozenset(pair)
+        for pair in combinations(number, 2)
+        if pair[0][0] != pair[1][0]
+        and frozenset((pair[0][1], pair[1][1])) not in duos
+        and sum(number[each] for each in pair) % 4 == 0
     )
 
 

@@ -89,7 +89,7 @@ class Demand:
         )
 
 
-def forward(first: str, relation: str, second: str) -> tuple[str, str, str]:
+def canonical_relation(first: str, relation: str, second: str) -> tuple[str, str, str]:
     """A relation said from the left or from above: `a right of b` is `b left of a`."""
     turned = {"right": "left", "below": "above"}
     return (second, turned[relation], first) if relation in turned else (first, relation, second)
@@ -123,7 +123,7 @@ class Scene:
         ]
         if self.relation is None:
             return " + ".join(sorted(things))
-        first, relation, second = forward(things[0], self.relation, things[1])
+        first, relation, second = canonical_relation(things[0], self.relation, things[1])
         return f"{first} {RELATIONS[relation][0]} {second}"
 
     def to_json(self) -> str:

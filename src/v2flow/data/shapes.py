@@ -19,7 +19,7 @@ from v2flow.errors import V2FlowError
 SUPERSAMPLING = 8
 SMALLEST = 16
 """Pixels: below it a ring has no hole."""
-_RULES = 9  # of scenes and drawing; another number tells shards of other rules apart
+_RULES = 10  # of scenes and drawing; another number tells shards of other rules apart
 _JSON = FIELDS.index("json")
 
 
