@@ -95,8 +95,8 @@ def test_degraded_renderings(kind: str, scenes: list[Scene], pictures: np.ndarra
     mse = ((degraded - pictures) ** 2).mean((1, 2, 3))
     assert 21 < (10 * np.log10(255**2 / mse)).mean() < 29
     scores = score_scenes(tensor(degraded), scenes)
-    # JPEG halves the resolution of colour, and yellow on white is little but colour: its squares become round.
-    assert scores["overall"] >= 0.97 and min(scores.values()) >= (0.94 if kind == "jpeg" else 0.97)
+    # Yellow on white is little but colour, whose resolution JPEG halves and small patches lose.
+    assert min(scores.values()) >= 0.97
 
 
 def test_shuffled_captions_score_at_chance(scenes: list[Scene], pictures: np.ndarray) -> None:

@@ -29,12 +29,14 @@ SPECK = 14
 """Pixels: what is smaller is dirt. The smallest shape that is drawn covers 37."""
 MOST = 20.0
 """Pixels: what is wider is no object. The largest that is drawn has a diameter of 13."""
-LIKENESS = 0.68
+LIKENESS = 0.72
 """Of the best shape (intersection over union); below it the shape is unknown."""
 BLURS = (0.0, 0.6, 1.0, 1.4)
 """Standard deviations in pixels of the blurs that are tried."""
 PALENESS = (0.75, 1.1)
 """How much of a colour's full difference from white an object may show, pale by blur, and count as no other colour."""
+WEAK = 0.2
+"""Channels with less of a colour's strongest ink say more of the noise than of the shape."""
 _CHUNK = 256
 _INK = np.array([[255 - level for level in rgb] for rgb in COLOURS.values()]) / 255.0
 _INK_NORM = np.linalg.norm(_INK, axis=1)
@@ -170,11 +172,11 @@ def _recognise(ink: np.ndarray, masks: np.ndarray, foreground: np.ndarray) -> li
     """Colour, shape, size and place of M components: ink [M, 32, 32, 3], masks and all foreground [M, 32, 32]."""
     near = _grow(_grow(masks)) & ~(foreground & ~masks)  # the blurred edge too, but no neighbour
     colours, inks = _colours(ink, masks, near)
-    sharp = _fit(ink, inks, near, (0.0,))
-    blurred = _fit(ink, _INK[colours], near, BLURS)
+    # Blur pales small objects: a covered pixel has at least the full ink of the colour.
+    full = inks * np.maximum(1.0, _INK_NORM[colours] / np.linalg.norm(inks, axis=1))[:, None]
+    fit = _fit(_evenly(ink, full) * near, near)
     objects = []
     for row, colour in enumerate(colours):
-        fit = max(sharp, blurred, key=lambda fit: float(fit.likeness[row].max()))
         best = int(fit.likeness[row].argmax())
         size, x, y = (float(each[row, best]) for each in (fit.size, fit.x, fit.y))
         known = fit.likeness[row, best] >= LIKENESS and size <= MOST
@@ -193,17 +195,20 @@ class _Fit:
     y: np.ndarray
 
 
-def _fit(ink: np.ndarray, full: np.ndarray, near: np.ndarray, blurs: Sequence[float]) -> _Fit:
-    """Lays each shape over components.
+def _evenly(ink: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """How much of each pixel is covered, the mean over channels: ink [M, 32, 32, 3] and the ink of a covered pixel
+    [M, 3] to [M, 32, 32] in [0, 1].
 
-    Args:
-        ink: [M, 32, 32, 3].
-        full: the ink of a covered pixel, [M, 3].
-        near: pixels that count, [M, 32, 32].
-        blurs: standard deviations in pixels that the shapes are blurred with; the best counts.
+    Each strong channel counts alike. A projection on yellow would be nearly all blue, and blue is what JPEG
+    and tokenizers blur most.
     """
-    coverage = np.einsum("mhwc,mc->mhw", ink, full) / (full**2).sum(1)[:, None, None]
-    coverage = np.clip(coverage, 0.0, 1.0) * near
+    strong = full > WEAK * full.max(1, keepdims=True)
+    weights = strong / (strong.sum(1, keepdims=True) * np.where(strong, full, 1.0))
+    return np.clip(np.einsum("mhwc,mc->mhw", ink, weights), 0.0, 1.0)
+
+
+def _fit(coverage: np.ndarray, near: np.ndarray) -> _Fit:
+    """Lays each shape over components, blurred as suits it best: coverage and pixels that count, [M, 32, 32]."""
     area = coverage.sum((1, 2))
     rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
     x, y = (coverage * columns).sum((1, 2)) / area, (coverage * rows).sum((1, 2)) / area
@@ -214,7 +219,7 @@ def _fit(ink: np.ndarray, full: np.ndarray, near: np.ndarray, blurs: Sequence[fl
     for number, shape in enumerate(SHAPES):
         drawn = _drawn(shape, sizes[:, number], x, tops[:, number])
         likeness[:, number] = np.max(
-            [_overlap(_blurred(drawn, blur) * near, coverage) for blur in blurs], axis=0
+            [_overlap(_blurred(drawn, blur) * near, coverage) for blur in BLURS], axis=0
         )
     return _Fit(likeness, sizes, np.broadcast_to(x[:, None], sizes.shape), tops)
 
