@@ -48,12 +48,6 @@ def test_kid_is_torch_fidelitys_over_the_whole_set() -> None:
 def test_standard_error_is_the_jackknife_left_out_one_by_one(paired: bool) -> None:
     x, y = features(9, 2), features(9 if paired else 7, 3, shift=0.2)
 
-    def without(rows: torch.Tensor, i: int) -> torch.Tensor:
-        return torch.cat([rows[:i], rows[i + 1 :]])
-
-    def variance(estimates: list[float]) -> float:
-        return (len(estimates) - 1) * float(np.var(estimates))
-
     def estimate(a: torch.Tensor, b: torch.Tensor) -> float:
         return kernel_distance(a, b, paired=False).value
 
@@ -65,52 +59,59 @@ def test_standard_error_is_the_jackknife_left_out_one_by_one(paired: bool) -> No
     assert kernel_distance(x, y, paired).standard_error == pytest.approx(math.sqrt(expected), rel=1e-6)
 
 
-def test_the_error_of_a_difference_leaves_a_picture_out_of_both() -> None:
-    sets = [features(9, 2), features(7, 3, shift=0.2), features(8, 4, shift=0.6)]
+def kernel_mean(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Of groups of rows: the mean over pairs of groups of the mean over their rows."""
+    return float(np.mean([polynomial_kernel(p.double(), q.double()).mean().item() for p, q in pairs]))
+
+
+def plain_kid(x: torch.Tensor, groups: torch.Tensor, paired: bool = False) -> float:
+    """Unbiased KID of x [m, d] and groups [n, draws, d], by plain sums over pairs of different groups."""
+    rows = x[:, None]
+    across = [(p, q) for i, p in enumerate(rows) for j, q in enumerate(groups) if not paired or i != j]
+    within = [kernel_mean(list(itertools.permutations(each, 2))) for each in (rows, groups)]
+    return sum(within) - 2 * kernel_mean(across)
+
+
+def without(rows: torch.Tensor, i: int) -> torch.Tensor:
+    return torch.cat([rows[:i], rows[i + 1 :]])
+
+
+def variance(estimates: list[float]) -> float:
+    return (len(estimates) - 1) * float(np.var(estimates))
+
+
+def test_draws_of_one_group_are_not_compared_and_leave_together() -> None:
+    x, y, draws = features(9, 2), features(21, 3, shift=0.2), 3
+    groups = y.reshape(draws, 7, -1).transpose(0, 1)  # draw after draw
+    expected = variance([plain_kid(without(x, i), groups) for i in range(9)])
+    expected += variance([plain_kid(x, without(groups, i)) for i in range(7)])
+    found = kernel_distance(x, y, paired=False, draws=draws)
+    assert found.value == pytest.approx(plain_kid(x, groups), rel=1e-9)
+    assert found.standard_error == pytest.approx(math.sqrt(expected), rel=1e-6)
+    of_pairs = kernel_distance(features(7, 2), y, paired=True, draws=draws)
+    assert of_pairs.u_statistic == pytest.approx(plain_kid(features(7, 2), groups, paired=True), rel=1e-9)
+    with pytest.raises(ValueError, match="multiple of 2 rows"):
+        kernel_distance(x, y, paired=False, draws=2)
+
+
+@pytest.mark.parametrize("draws", [(1, 1), (3, 2)])
+def test_a_difference_leaves_a_picture_out_with_what_is_made_of_it(draws: tuple[int, int]) -> None:
+    x, near, far = features(6, 2), features(6 * draws[0], 3, shift=0.2), features(5 * draws[1], 4, shift=0.6)
+    near_groups, far_groups = (
+        rows.reshape(count, -1, rows.shape[1]).transpose(0, 1)
+        for rows, count in zip((near, far), draws, strict=True)
+    )
 
     def estimate(x: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> float:
-        return kernel_distance(x, far, paired=False).value - kernel_distance(x, near, paired=False).value
+        return plain_kid(x, far) - plain_kid(x, near, paired=True)
 
-    expected = 0.0
-    for place, rows in enumerate(sets):
-        left = [torch.cat([rows[:i], rows[i + 1 :]]) for i in range(len(rows))]
-        values = [estimate(*sets[:place], one, *sets[place + 1 :]) for one in left]
-        expected += (len(values) - 1) * float(np.var(values))
-    value, error = kernel_difference(*sets)
-    assert value == pytest.approx(estimate(*sets), rel=1e-9)
+    expected = variance([estimate(without(x, i), without(near_groups, i), far_groups) for i in range(6)])
+    expected += variance([estimate(x, near_groups, without(far_groups, i)) for i in range(5)])
+    value, error = kernel_difference(x, near, far, draws)
+    assert value == pytest.approx(estimate(x, near_groups, far_groups), rel=1e-9)
     assert error == pytest.approx(math.sqrt(expected), rel=1e-6)
-    apart = [kernel_distance(sets[0], y, paired=False).standard_error for y in sets[1:]]
-    assert error < math.hypot(*apart)
-
-
-def test_draws_of_one_thing_are_not_compared_and_leave_together() -> None:
-    """Against the plain sums over pairs of different things."""
-    x, y, draws = features(9, 2), features(21, 3, shift=0.2), 3
-    things = y.reshape(draws, 7, -1).transpose(0, 1)  # draw after draw
-
-    def estimate(a: torch.Tensor, b: torch.Tensor) -> float:
-        def mean(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-            return float(np.mean([polynomial_kernel(p.double(), q.double()).mean().item() for p, q in pairs]))
-
-        within = [mean(list(itertools.permutations(rows, 2))) for rows in (a[:, None], b)]
-        return sum(within) - 2 * mean([(p, q) for p in a[:, None] for q in b])
-
-    def without(rows: torch.Tensor, i: int) -> torch.Tensor:
-        return torch.cat([rows[:i], rows[i + 1 :]])
-
-    left = (
-        [estimate(without(x, i), things) for i in range(9)],
-        [estimate(x, without(things, i)) for i in range(7)],
-    )
-    expected = sum((len(values) - 1) * float(np.var(values)) for values in left)
-    found = kernel_distance(x, y, paired=False, draws=draws)
-    assert found.value == pytest.approx(estimate(x, things), rel=1e-9)
-    assert found.standard_error == pytest.approx(math.sqrt(expected), rel=1e-6)
-    value, error = kernel_difference(x, features(6, 4), y, (1, draws))
-    assert value == pytest.approx(
-        found.value - kernel_distance(x, features(6, 4), paired=False).value, rel=1e-9
-    )
-    assert error > 0
+    with pytest.raises(ValueError, match="rows made of x"):
+        kernel_difference(x, near[1:], far)
 
 
 def test_kid_is_unbiased() -> None:

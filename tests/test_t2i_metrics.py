@@ -261,7 +261,7 @@ def test_distances_tell_sets_and_pairs_apart() -> None:
     assert abs(found["captions_shuffled"][pair]) < 0.4
     assert found["captions_shuffled"][kid] == pytest.approx(found["generated"][kid], abs=1e-9)
     assert found["marginal_ids"][kid] > found["generated"][kid] + 3 * found["marginal_ids"][f"{kid}_se"]
-    above = found["marginal_ids"][kid] - found["generated"][kid]
+    above = found["marginal_ids"][kid] - found["generated"][f"{kid}_u"]
     assert found["marginal_ids"][f"{kid}_above_generated"] == pytest.approx(above)
     assert f"{kid}_u" in found["reconstructed"] and kid in found["real_vs_real"]
     twice = distance_rows(

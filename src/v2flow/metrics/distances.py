@@ -22,7 +22,7 @@ KERNEL_CHUNK = 1024
 class KernelSums:
     """Sums of the kernel matrix of two sets X [m, d] and Y [n, d], enough for the MMD and its jackknife.
 
-    With several draws of Y, n is the number of its things, and k(x, y) is the mean over a thing's draws.
+    With several draws of Y, n is the number of its groups, and k(x, y) is the mean over a group's draws.
 
     Attributes:
         xx: row sums of k(X, X) without the diagonal, [m] fp64.
@@ -53,11 +53,11 @@ def kernel_sums(x: Tensor, y: Tensor, draws: int = 1) -> KernelSums:
         block = polynomial_kernel(chunk, y)
         rows.append(block.sum(1))
         columns += block.sum(0)
-    pairs = ((x * y).sum(1) / x.shape[1] + 1.0) ** 3 if len(x) == len(y) else None
+    grouped = y.unflatten(0, (draws, -1))
+    pairs = ((x * grouped).sum(-1) / x.shape[1] + 1.0).pow(3).mean(0) if len(x) == grouped.shape[1] else None
     within = _row_sums_without_diagonal(y)
-    if draws > 1:  # two draws of one thing are no two independent things
-        things = y.unflatten(0, (draws, -1)).transpose(0, 1)
-        own = torch.stack([_row_sums_without_diagonal(thing).sum() for thing in things])
+    if draws > 1:  # two draws of one caption are not independent
+        own = torch.stack([_row_sums_without_diagonal(group).sum() for group in grouped.transpose(0, 1)])
         within = (within.unflatten(0, (draws, -1)).sum(0) - own) / draws**2
     columns = columns.unflatten(0, (draws, -1)).mean(0)
     return KernelSums(_row_sums_without_diagonal(x), within, torch.cat(rows) / draws, columns, pairs)
@@ -98,14 +98,17 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool, draws: int = 1) -> Kerne
     leaves both sets together; otherwise the two sets are jackknifed separately and the variances add.
 
     Args:
-        x, y: features [m, d] and [n, d].
-        paired: row i of `y` is made from row i of `x`; needs m = n and one draw.
-        draws: `y` [draws * n, d] holds so many rows of each of its things, as of a caption: all things once, then all
-            once more, and so on. A thing's rows are not compared with each other, and leave together.
+        x, y: features [m, d] and [draws * n, d].
+        paired: row i of `y` is made from row i of `x`, or for its caption; needs m = n.
+        draws: `y` holds so many rows of each group, as of a caption: all groups once, then all once more, and so on.
+            A group's rows are not compared with each other, and leave together (the delete-one-group jackknife).
 
     Raises:
         V2FlowError: fewer than three pictures in a set (the jackknife of an unbiased estimate needs three).
+        ValueError: rows of y that `draws` does not divide, or paired sets of two sizes.
     """
+    if len(y) % draws:
+        raise ValueError(f"expected a multiple of {draws} rows for {draws} draws, found {len(y)}")
     if min(len(x), len(y) // draws) < 3:
         raise V2FlowError(
             f"KID needs at least 3 pictures in each set, found {len(x)} and {len(y) // draws}: add pictures"
@@ -131,19 +134,30 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool, draws: int = 1) -> Kerne
 def kernel_difference(
     x: Tensor, near: Tensor, far: Tensor, draws: tuple[int, int] = (1, 1)
 ) -> tuple[float, float]:
-    """KID of x and `far` less KID of x and `near`, and its standard error.
+    """KID of x and `far` less KID of x and `near`, both unbiased, and the standard error of that difference.
 
     Both distances are of the same pictures x, and much of what each does not know is the same for both: the jackknife
-    of their difference leaves a picture of x out of both at once. `near` and `far` are jackknifed separately.
+    leaves a picture of x out of both at once, together with what is made of it in `near`, and `far` by itself.
 
     Args:
-        x, near, far: features [m, d], [n, d] and [o, d], each independent of the others.
+        x, near, far: features [m, d], [draws * m, d] and [draws * o, d]. Row i of `near` is made from x_i or for its
+            caption, so k(x_i, y_i) is left out; `far` knows nothing of x.
         draws: of `near` and of `far`, see :func:`kernel_distance`.
+
+    Raises:
+        ValueError: another number of rows in `near` than draws of each row of x.
     """
-    sums = kernel_sums(x, near, draws[0]), kernel_sums(x, far, draws[1])
-    (near_x, near_y), (far_x, far_y) = map(_left_out, sums)
-    variance = sum(map(_jackknife_variance, (far_x - near_x, near_y, far_y)))
-    return _estimate(sums[1]) - _estimate(sums[0]), math.sqrt(variance)
+    near_sums, far_sums = kernel_sums(x, near, draws[0]), kernel_sums(x, far, draws[1])
+    pairs, m = near_sums.xy_pairs, len(x)
+    if pairs is None:
+        raise ValueError(f"expected {draws[0]} x {m} rows made of x, found {len(near)}")
+    between = (near_sums.xy_rows - pairs).sum()
+    value = _estimate(far_sums) - _within(near_sums.xx) - _within(near_sums.yy) + 2 * between / (m * (m - 1))
+    left = between - near_sums.xy_rows - near_sums.xy_columns + 2 * pairs
+    without_near = _without_each(near_sums.xx) + _without_each(near_sums.yy) - 2 * left / ((m - 1) * (m - 2))
+    without_x, without_far = _left_out(far_sums)
+    variance = _jackknife_variance(without_x - without_near) + _jackknife_variance(without_far)
+    return value.item(), math.sqrt(variance)
 
 
 def _estimate(sums: KernelSums) -> float:

@@ -158,8 +158,8 @@ class FeatureDistances:
 
 
 def kid_figures(name: str, real: Tensor, rows: Tensor, paired: bool, draws: int = 1) -> dict[str, float]:
-    """`name`, `name_se` and for pairs `name_u`, see :func:`v2flow.metrics.distances.kernel_distance`; empty for too
-    few pictures."""
+    """`name`, `name_se` and for pairs `name_u` of features `[m, d]` and `[draws * n, d]`, see
+    :func:`v2flow.metrics.distances.kernel_distance`; empty for too few pictures."""
     if min(len(real), len(rows)) < KID_MINIMUM:
         return {}
     distance = kernel_distance(real, rows, paired, draws)

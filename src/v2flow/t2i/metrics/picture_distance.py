@@ -16,19 +16,21 @@ from v2flow.t2i.metrics.rows import GENERATED, MARGINAL, RECONSTRUCTED, SHUFFLED
 
 CONTROLS = (WORDS, MARGINAL, UNTRAINED)
 """Rows whose pictures do not know the captions."""
+OWN = (GENERATED, RECONSTRUCTED)
+"""Rows whose picture i is made of the real one, or for its caption."""
 
 
 def distance_rows(
     real: Tensor, rows: Mapping[str, Tensor], networks: Iterable[FeatureNetwork], order: Tensor,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Row name -> figures: `kid-…` with `_se` (and `_u` for reconstructions), and `pair-…` with `_se`.
+    """Row name -> figures: `kid-…` with `_se` (and the unbiased `_u` for OWN), and `pair-…` with `_se`.
 
     `pair-…` is the mean cosine between the features of a picture and of the real picture of its caption, both less
     the real pictures' mean feature: 1 for the same picture, near 0 for any other one. KID compares sets, so it is the
     same for `captions_shuffled` (generated pictures in another order, up to the standard error) as for `generated`;
     `pair-…` tells the two apart. `kid-…_above_generated`, with `_se`, says how much farther a row without the captions'
-    meaning is than `generated`. `real_vs_real` is one half of the real pictures against the other.
+    meaning is than `generated` by its `_u`. `real_vs_real` is one half of the real pictures against the other.
 
     Args:
         real: uint8 `[n, 3, H, W]`.
@@ -48,7 +50,7 @@ def distance_rows(
         for name, found in features.items():
             row = figures.setdefault(name, {})
             draws = len(found) // len(truth)
-            row |= kid_figures(network.kid, truth, found, paired=name == RECONSTRUCTED, draws=draws)
+            row |= kid_figures(network.kid, truth, found, paired=name in OWN, draws=draws)
             row |= pair_similarity(pair, truth, found)
             if name in CONTROLS and GENERATED in features and len(truth) >= KID_MINIMUM:
                 near = features[GENERATED]
