@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,19 +19,39 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package.parent.mkdir(parents=True)
     shutil.copy(v2flow.origin.__file__, package)
     (tmp_path / "own.txt").write_text("1")
-    for words in (["init", "-q"], ["add", "own.txt"], ["commit", "-q", "-m", "one"]):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
+    git(tmp_path, "init")
+    git(tmp_path, "add", "own.txt")
+    git(tmp_path, "commit", "-m", "one")
     monkeypatch.setattr(v2flow.origin, "__file__", str(package))
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """The answer is kept for the life of a process."""
+    current_commit.cache_clear()
+    yield
+    current_commit.cache_clear()
+
+
+def git(project: Path, *words: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(project), *identity, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_inside_another_project_the_commit_is_not_that_ones(project: Path) -> None:
+    assert current_commit() is None
+
+
 def test_the_commit_of_a_clone_is_told_and_that_files_differ(project: Path) -> None:
-    assert current_commit() is None  # installed into another project's folder
-    subprocess.run(["git", "-C", str(project), "add", "site-packages"], check=True)
-    head = subprocess.run(
-        ["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout
+    git(project, "add", "site-packages")
+    git(project, "commit", "-m", "two")
+    head = git(project, "rev-parse", "HEAD")
+    assert current_commit() == head[:10]
+    (project / "own.txt").write_text("2")
+    assert current_commit() == head[:10]  # asked before the work
+    current_commit.cache_clear()
     assert current_commit() == head[:10] + "+"
 
 

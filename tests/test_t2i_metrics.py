@@ -22,6 +22,7 @@ from v2flow.errors import V2FlowError
 from v2flow.images import load_image
 from v2flow.metrics.extractors import efficientnet
 from v2flow.metrics.scene_verifier import satisfies
+from v2flow.origin import current_commit
 from v2flow.t2i.config import TextToImageConfig
 from v2flow.t2i.extension import extend_vocabulary
 from v2flow.t2i.metrics.clip_score import clip_rows
@@ -234,19 +235,18 @@ def test_shapes_rows_of_true_renderings() -> None:
 def test_duo_rows_tell_new_pairs_of_shapes_from_seen_ones() -> None:
     scenes = [sample_scene(0, "test", index) for index in range(120)]
     pictures = torch.stack([torch.from_numpy(render(scene, 32)).permute(2, 0, 1) for scene in scenes])
-    new = [frozenset(each.shape for each in scene.objects) in held_out().duos for scene in scenes]
+    shapes = [{each.shape for each in scene.objects} for scene in scenes]
+    new = [frozenset(each) in held_out().duos for each in shapes]
     pictures[torch.tensor(new)] = 255
     rows = duo_rows(pictures, scenes)
-    assert rows["new_duo"] == {
-        "two_object": 0,
-        "color_attr": 0,
-        "position": 0,
-        "overall": 0,
-        "pictures": sum(new),
-    }
-    seen = rows["seen_duo"]
-    assert set(seen) == {"color_attr", "position", "overall", "pictures"} and seen["overall"] >= 0.98
-    assert seen["pictures"] + sum(new) == 60
+    shared = [
+        i
+        for i, scene in enumerate(scenes)
+        if scene.task in ("color_attr", "position") and len(shapes[i]) == 2
+    ]
+    count = sum(new[i] for i in shared)
+    assert rows["new_duo"] == {"color_attr": 0, "position": 0, "overall": 0, "pictures": count}
+    assert rows["seen_duo"]["overall"] >= 0.98 and rows["seen_duo"]["pictures"] == len(shared) - count
     assert duo_rows(pictures[:8], [sample_scene(0, "val", index) for index in range(8)]) == {}
 
 
@@ -419,7 +419,7 @@ def test_the_command_gives_the_same_figures_and_more(
     pictures = str(Path(toys.tokens).parent / "pictures")
     assert evaluate(checkpoint, f"{pictures}/val-*.tar", "--ways", "4", "--json", tmp_path / "p.json",
                     "--floors-train", f"{pictures}/train-*.tar", "--grid", tmp_path / "g.png", "--top-k",
-                    "5") == 0  # fmt: skip
+                    "5", "--draws", "2") == 0  # fmt: skip
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["retrieval"] == logged["retrieval"]
     assert set(report["distances"]) == {
@@ -427,8 +427,12 @@ def test_the_command_gives_the_same_figures_and_more(
         "nearest_training_picture", "real_vs_real",
     }  # fmt: skip
     assert report["protocol"]["generation"]["top_k"] == 5 and report["memorisation"]
+    assert report["protocol"]["draws"] == 2 and found["protocol"]["draws"] == 1
+    for each in (report, found, logged):
+        assert each["commit"] == current_commit() and each["date"] > "2026"
     table = capsys.readouterr().out
     assert "nearest_training_picture" in table and "retrieval: " in table and "no clip_score" in table
+    assert "6 captions, 2 draws of each" in table
     assert (tmp_path / "g.txt").read_text() == (logs / "grid.txt").read_text()
 
 
@@ -440,6 +444,14 @@ def test_options_of_the_other_kind_of_model_are_refused(
     assert "--probes: expected a tokenizer" in capsys.readouterr().err
     assert evaluate(toys.tokenizer, toys.shards("val"), "--ways", "4") != 0
     assert "--ways: expected a text-to-image model" in capsys.readouterr().err
+
+
+def test_draws_are_refused_where_they_would_be_thrown_away(
+    trained: tuple[Toys, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    toys, _, checkpoint = trained
+    assert evaluate(checkpoint, toys.shards("val"), "--ways", "4", "--draws", "2") != 0
+    assert "option draws: expected 1 where no distances are measured, found 2" in capsys.readouterr().err
 
 
 def test_the_callback_refuses_data_that_it_cannot_score(trained: tuple[Toys, Path, Path]) -> None:

@@ -128,8 +128,8 @@ def _add_shapes(kinds: Any) -> None:
         "--held-out",
         choices=("whole", "pairs"),
         default="whole",
-        help="what training never shows, beside some pairs of shapes: wholes such as two red bars or a red bar alone "
-        "at the top left, or pairs of colour and shape; default: whole",
+        help="what training never shows, beside some pairs of shapes: wholes such as two red bars, a red bar alone "
+        "at the top left or a bar above a square, or pairs of colour and shape; default: whole",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
 

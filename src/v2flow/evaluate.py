@@ -19,7 +19,7 @@ from v2flow.metrics.evaluator import ReconstructionEvaluator
 from v2flow.metrics.features import load_networks
 from v2flow.metrics.files import write_json
 from v2flow.metrics.floors import data_floors
-from v2flow.origin import origin
+from v2flow.origin import current_commit, origin
 from v2flow.training.checkpoint import load_model
 
 Weights = Literal["ema", "raw"]
@@ -179,14 +179,15 @@ def evaluate_checkpoint(
         probe_limit: the first so many pictures for those.
 
     Returns:
-        `checkpoint`, `model`, `step`, `protocol`, `weights` (ema/raw/exported -> figures) and, if asked for,
-        `floors`, and what :func:`v2flow.probes.run_probes` returns.
+        `checkpoint`, `model`, `step`, `date`, `commit`, `protocol`, `weights` (ema/raw/exported -> figures) and, if
+        asked for, `floors`, and what :func:`v2flow.probes.run_probes` returns.
 
     Raises:
         V2FlowError: unusable checkpoint, data, mode, probe or Inception weights.
     """
     from v2flow.probes import ProbeSettings, check_probes, run_probes  # these evaluate, too
 
+    current_commit()
     unknown = sorted(set(weights) - {"ema", "raw"})
     if unknown or not weights:
         raise V2FlowError(f"option weights: expected ema and/or raw, found {', '.join(unknown) or 'nothing'}")

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 
@@ -15,9 +16,11 @@ def origin() -> dict[str, str | None]:
     }
 
 
+@cache
 def current_commit() -> str | None:
     """The commit of the working tree that this package lies in, with `+` after it if files differ from it.
 
+    It is looked up once: ask before the work, during which the clone may move on while the code that runs does not.
     None for an installed package, even inside another project's repository, and without git.
     """
     package = Path(__file__)

@@ -20,6 +20,7 @@ from v2flow.metrics.evaluator import ReconstructionEvaluator
 from v2flow.metrics.features import FeatureNetworks, load_networks
 from v2flow.metrics.files import write_json
 from v2flow.metrics.floors import data_floors
+from v2flow.origin import current_commit
 from v2flow.training.logged_pictures import (
     TokenEntropies,
     code_counts,
@@ -110,6 +111,7 @@ class ReconstructionCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuses unknown modes, and floors where they cannot be had, before any work is done."""
         self._result = None
+        current_commit()
         select_modes(self.modes, pl_module.decode_modes)
         shards = getattr(getattr(trainer, "datamodule", None), "train", None)
         if self.floors and stage == "fit" and (trainer.world_size > 1 or not shards):

@@ -10,7 +10,7 @@ from v2flow.errors import V2FlowError
 from v2flow.images import GRID_COLUMNS, GRID_PICTURES
 from v2flow.metrics.files import write_json
 from v2flow.metrics.scene_verifier import score_scenes
-from v2flow.origin import origin
+from v2flow.origin import current_commit, origin
 from v2flow.t2i.generation import GenerationOptions
 from v2flow.t2i.metrics.evaluation import TextToImageEvaluation, evaluate_text_to_image
 from v2flow.t2i.metrics.retrieval import retrieval_accuracy
@@ -104,6 +104,7 @@ class TextToImageCallback(Callback):
             V2FlowError: no data module with shards, too few groups of captions, or no scenes where they are needed.
         """
         self._samples, self._result = {}, None
+        current_commit()
         split = {"fit": "val", "validate": "val", "test": "test"}.get(stage)
         data: Any = getattr(trainer, "datamodule", None)
         if split is None or (stage == "fit" and data is not None and data.val is None):

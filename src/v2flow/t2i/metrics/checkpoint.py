@@ -10,7 +10,7 @@ from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import describe_shards
 from v2flow.metrics.files import write_json
-from v2flow.origin import origin
+from v2flow.origin import current_commit, origin
 from v2flow.t2i.build import build_text_to_image
 from v2flow.t2i.checkpoint import load_text_to_image
 from v2flow.t2i.config import TextToImageConfig
@@ -60,6 +60,7 @@ def evaluate_text_to_image_checkpoint(
     Raises:
         V2FlowError: unusable checkpoint, data or option.
     """
+    current_commit()
     place = pick_device(device)
     model = load_text_to_image(path).to(place)
     samples = read_samples(data, model.tokenizer, limit=limit, num_workers=num_workers, allow_pipe=allow_pipe)

@@ -104,6 +104,11 @@ def evaluate_text_to_image(
     for name, value in (("pictures", pictures), ("retrieval_pictures", retrieval_pictures)):
         if value < 1:
             raise V2FlowError(f"option {name}: expected at least 1, found {value}")
+    if drawing.draws > 1 and not (features and samples.pictures is not None):
+        raise V2FlowError(
+            f"option draws: expected 1 where no distances are measured, found {drawing.draws}; name picture shards and "
+            "measure features, or leave it out"
+        )
     report: dict[str, Any] = {"samples": len(samples)}
     report["retrieval"] = retrieval_accuracy(
         model, samples, ways, drawing.seed, retrieval_pictures, progress=progress
@@ -145,7 +150,7 @@ def _score_rows(
     if training is not None and training.has_pictures:
         nearest, psnr = training.nearest(rows[GENERATED])
         report["memorisation"] = {"psnr_to_nearest_training_picture": psnr}
-        draws = draws | {NEAREST: nearest}
+        rows, draws = rows | {NEAREST: nearest}, draws | {NEAREST: nearest}
     elif training is not None:
         report["notes"]["memorisation"] = (
             "token shards without pictures: name training picture shards instead"
@@ -179,6 +184,7 @@ def _protocol(
         "generation": asdict(generation_options(drawing.options)),
         "decode": asdict(decode_options(dict(drawing.decode))),
         "seed": drawing.seed,
+        "draws": drawing.draws,
         "batch_size": drawing.batch_size,
         "tokens": model.num_tokens,
         "retrieval": f"log-likelihood of the first {min(retrieval_pictures, len(whole))} pictures' ids among {ways} "
@@ -191,7 +197,6 @@ def _protocol(
     }
     if networks:
         protocol |= describe_networks(networks)
-        protocol["draws"] = drawing.draws
         protocol["kid_se"] = (
             "delete-one jackknife of both sets, a caption with all its draws; of pairs for reconstructions"
         )

@@ -32,23 +32,23 @@ def shapes_rows(
 
 
 def duo_rows(pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
-    """The scores of scenes with two shapes: `new_duo`, which training never shows in one picture, and `seen_duo`.
+    """The scores of `new_duo`, two shapes that training never shows in one picture, and of `seen_duo`.
 
-    The latter's scenes are new by their colours or by what is said of how they lie; see `scene_sampler.held_out`.
-    Scenes without any held-out duo give no rows.
+    Of the tasks whose held-out scenes are of both kinds, with two different shapes. The latter are new by their colours
+    or by what is said of how they lie; see `scene_sampler.held_out`. Scenes without any held-out duo give no rows.
 
     Args:
         pictures: generated, `[n, 3, S, S]`, floating point in [0, 1] or uint8.
         scenes: one for each picture.
+
+    Returns:
+        Row -> task -> share in [0, 1], `overall`, and the number of `pictures`.
     """
-    duos = held_out().duos
-    new = [frozenset(each.shape for each in scene.objects) in duos for scene in scenes]
-    parts = {
-        "new_duo": [i for i, is_new in enumerate(new) if is_new],
-        "seen_duo": [
-            i for i, is_new in enumerate(new) if not is_new and scenes[i].task in ("color_attr", "position")
-        ],
-    }
+    parts: dict[str, list[int]] = {"new_duo": [], "seen_duo": []}
+    for index, scene in enumerate(scenes):
+        shapes = frozenset(each.shape for each in scene.objects)
+        if scene.task in ("color_attr", "position") and len(shapes) == 2:
+            parts["new_duo" if shapes in held_out().duos else "seen_duo"].append(index)
     if not parts["new_duo"]:
         return {}
     return {

@@ -29,7 +29,9 @@ def text_to_image_table(report: Mapping[str, Any]) -> str:
     for name, score in report.get("clip_score", {}).items():
         distances.setdefault(name, {})["clip_score"] = score
     if distances:
-        lines += [f"{report['drawn']} pictures", *format_rows(distances, _DISTANCES), ""]
+        draws = report["protocol"]["draws"]
+        drawn = f"{report['drawn']} captions" + (f", {draws} draws of each" if draws > 1 else "")
+        lines += [drawn, *format_rows(distances, _DISTANCES), ""]
     retrieval, language = report["retrieval"], report["language"]
     lines.append(
         f"retrieval: {100 * retrieval['accuracy']:.1f} ± {100 * retrieval['accuracy_se']:.1f} % of "
