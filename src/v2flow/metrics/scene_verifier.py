@@ -29,7 +29,7 @@ SPECK = 14
 """Pixels: what is smaller is dirt. The smallest shape that is drawn covers 37."""
 MOST = 20.0
 """Pixels: what is wider is no object. The largest that is drawn has a diameter of 13."""
-LIKENESS = 0.72
+LIKENESS = 0.7
 """Of the best shape (intersection over union); below it the shape is unknown."""
 BLURS = (0.0, 0.6, 1.0, 1.4)
 """Standard deviations in pixels of the blurs that are tried."""
