@@ -215,13 +215,13 @@ def test_time_limits_of_transfers_do_not_look_at_the_wall_clock(
 
 
 def test_no_code_of_ours_asks_the_wall_clock(repository: Path) -> None:
-    """Rates and limits need `time.monotonic` or `time.perf_counter`."""
+    """Rates and limits need `time.monotonic` or `time.perf_counter`; only the date in a report is the clock's."""
     words = ("time.time(", "from time import time\n", "datetime.now(", "utcnow(")
     found = [
         f"{path}: {word}"
         for path in sorted((repository / "src" / "v2flow").rglob("*.py"))
         for word in words
-        if word in path.read_text()
+        if word in path.read_text() and (path.name, word) != ("origin.py", "datetime.now(")
     ]
     assert found == []
 
