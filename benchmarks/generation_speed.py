@@ -57,7 +57,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     options = parser.parse_args(words)
     try:
-        document = measure(options, ["python", "benchmarks/generation_speed.py", *(words or sys.argv[1:])])
+        document = measure(
+            options, ["python", "benchmarks/generation_speed.py", *(sys.argv[1:] if words is None else words)]
+        )
         write_json(options.out, document)
     except V2FlowError as error:
         print(f"generation_speed: error: {error}", file=sys.stderr)

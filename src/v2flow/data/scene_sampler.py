@@ -116,8 +116,8 @@ def held_out(level: str = "whole") -> HeldOut:
     if level not in LEVELS:
         raise V2FlowError(f"option held-out: expected one of {', '.join(LEVELS)}, found {level!r}")
     rng = random.Random(f"held out {HELD_OUT_SEED}")
-    shapes, row = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
-    circle = row[::2] + row[1::2]
+    shapes, shuffled = (sorted(SHAPES, key=lambda _: rng.random()) for _ in range(2))
+    circle = shuffled[::2] + shuffled[1::2]
     duos = frozenset(frozenset(duo) for duo in zip(circle[:3], circle[3:], strict=True))
     if level == "pairs":
         colours = [colour for colour in COLOURS if colour != INK]

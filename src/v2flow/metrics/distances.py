@@ -126,9 +126,7 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool, draws: int = 1) -> Kerne
     variance = _jackknife_variance(
         _without_each(sums.xx) + _without_each(sums.yy) - 2 * left_between / (m - 1) ** 2
     )
-    within = _within(sums.xx) + _within(sums.yy)
-    u_statistic = within - 2 * (between - sums.xy_pairs.sum()) / (m * (m - 1))
-    return KernelDistance(_estimate(sums), math.sqrt(variance), u_statistic.item())
+    return KernelDistance(_estimate(sums), math.sqrt(variance), _u_statistic(sums, sums.xy_pairs))
 
 
 def kernel_difference(
@@ -152,17 +150,23 @@ def kernel_difference(
     if pairs is None:
         raise ValueError(f"expected {draws[0]} x {m} rows made of x, found {len(near)}")
     between = (near_sums.xy_rows - pairs).sum()
-    value = _estimate(far_sums) - _within(near_sums.xx) - _within(near_sums.yy) + 2 * between / (m * (m - 1))
     left = between - near_sums.xy_rows - near_sums.xy_columns + 2 * pairs
     without_near = _without_each(near_sums.xx) + _without_each(near_sums.yy) - 2 * left / ((m - 1) * (m - 2))
     without_x, without_far = _left_out(far_sums)
     variance = _jackknife_variance(without_x - without_near) + _jackknife_variance(without_far)
-    return value.item(), math.sqrt(variance)
+    return _estimate(far_sums) - _u_statistic(near_sums, pairs), math.sqrt(variance)
 
 
 def _estimate(sums: KernelSums) -> float:
     m, n = len(sums.xx), len(sums.yy)
     return (_within(sums.xx) + _within(sums.yy) - 2 * sums.xy_rows.sum() / (m * n)).item()
+
+
+def _u_statistic(sums: KernelSums, pairs: Tensor) -> float:
+    """The estimate without k(x_i, y_i), the `pairs` [m]."""
+    m = len(pairs)
+    between = (sums.xy_rows - pairs).sum()
+    return (_within(sums.xx) + _within(sums.yy) - 2 * between / (m * (m - 1))).item()
 
 
 def _left_out(sums: KernelSums) -> tuple[Tensor, Tensor]:

@@ -198,8 +198,8 @@ def _protocol(
     if networks:
         protocol |= describe_networks(networks)
         protocol["kid_se"] = (
-            "delete-one jackknife of both sets, a caption with all its draws; of pairs for reconstructions"
+            "delete-one jackknife of both sets, a caption with all its draws; of pairs for generated and reconstructed"
         )
-        protocol["kid_above_generated"] = "difference on the same real pictures, which leave both at once"
+        protocol["kid_above_generated"] = "difference to kid_u of generated; real pictures leave both at once"
         protocol["pair"] = "mean cosine of features with the real picture of the caption, less the real mean"
     return protocol
