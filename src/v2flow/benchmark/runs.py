@@ -7,7 +7,6 @@ the file, is another result. A killed training goes on from its last checkpoint.
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from v2flow.benchmark.plan import Plan
+from v2flow.benchmark.processes import RowProcesses, stopped_by_sigterm
 from v2flow.benchmark.suite import Row, Suite, evaluate_command, fit_command, words_sha256
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
@@ -44,6 +44,8 @@ def run_rows(
 
     Raises:
         V2FlowError: a training failed; rows that were finished are kept.
+        KeyboardInterrupt: after Ctrl-C; the processes of the rows at work have ended, trainings with a checkpoint.
+        SystemExit: likewise after SIGTERM, with status 143.
     """
     pairs = [(row, seed) for seed in suite.seeds for row in plan.rows]
     results = {(r["name"], r["seed"]): r for r in kept_results(suite, plan, out)}
@@ -53,18 +55,27 @@ def run_rows(
         return [results[row.name, seed] for row, seed in pairs if (row.name, seed) in results]
 
     report(ordered())
-    threads = suite.threads or max((os.cpu_count() or 1) // jobs, 1)
+    processes = RowProcesses(suite.threads or max((os.cpu_count() or 1) // jobs, 1))
     pool = ThreadPoolExecutor(jobs)
     try:
-        futures = {
-            pool.submit(_run_row, suite, plan, row, seed, out, runs, threads): (row, seed)
-            for row, seed in waiting
-        }
-        for future in as_completed(futures):
-            row, seed = futures[future]
-            results[row.name, seed] = future.result()
-            report(ordered())
-            print(f"v2flow: {len(results)} of {len(pairs)} done: {row.name}, seed {seed}", flush=True)
+        with stopped_by_sigterm():
+            futures = {
+                pool.submit(_run_row, suite, plan, row, seed, out, runs, processes): (row, seed)
+                for row, seed in waiting
+            }
+            for future in as_completed(futures):
+                row, seed = futures[future]
+                results[row.name, seed] = future.result()
+                report(ordered())
+                print(f"v2flow: {len(results)} of {len(pairs)} done: {row.name}, seed {seed}", flush=True)
+    except (KeyboardInterrupt, SystemExit):
+        processes.stop()
+        print(
+            "v2flow: stopping; finished rows are kept, run the same command again to go on",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     return ordered()
@@ -90,7 +101,9 @@ def identity(suite: Suite, plan: Plan, row: Row, seed: int) -> str:
     return words_sha256(train, score, *([facts.inputs] if facts.inputs else []))
 
 
-def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Path, threads: int) -> Result:
+def _run_row(
+    suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Path, processes: RowProcesses
+) -> Result:
     """Trains and scores one row; see :func:`run_rows`."""
     name, key = f"{row.slug}-seed{seed}", identity(suite, plan, row, seed)
     folder = runs / f"{name}-{key[:8]}"
@@ -100,10 +113,10 @@ def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Pat
         train, checkpoint, commit = None, row.tokenizer, current_commit()
     else:
         train = fit_command(suite, row, seed, steps)
-        checkpoint, commit = _train(row, train, folder, threads)
+        checkpoint, commit = _train(row, train, folder, processes)
     grid = f"pictures/{name}.png"
     score = evaluate_command(suite, row, checkpoint, str(folder / "evaluation.json"), str(out / grid))
-    _call(row, score, folder / "evaluate.log", threads)
+    processes.call(row.name, score, folder / "evaluate.log")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     result = {
         "name": row.name,
@@ -122,7 +135,7 @@ def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Pat
         "budget_minutes": suite.minutes,
         "step": evaluation["step"],
         **asdict(plan.facts[row.name]),
-        "machine": machine(threads),
+        "machine": machine(processes.threads),
         "protocol": evaluation["protocol"],
         **_findings(evaluation),
         "curve": _curve(folder),
@@ -133,7 +146,7 @@ def _run_row(suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Pat
     return shown
 
 
-def _train(row: Row, command: list[str], folder: Path, threads: int) -> tuple[str, str | None]:
+def _train(row: Row, command: list[str], folder: Path, processes: RowProcesses) -> tuple[str, str | None]:
     """Trains, from the last checkpoint of an interrupted training if there is one.
 
     Returns:
@@ -144,7 +157,7 @@ def _train(row: Row, command: list[str], folder: Path, threads: int) -> tuple[st
         places = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=fit"]
         resume = _newest(folder)
         places += [f"--ckpt_path={resume}"] if resume else []
-        _call(row, [*command, *places], folder / "fit.log", threads)
+        processes.call(row.name, [*command, *places], folder / "fit.log")
         checkpoint = _newest(folder)
         if checkpoint is None:
             raise V2FlowError(
@@ -158,23 +171,6 @@ def _train(row: Row, command: list[str], folder: Path, threads: int) -> tuple[st
 def _newest(folder: Path) -> str | None:
     found = newest_checkpoint(folder, "fit/version_*/checkpoints/last.ckpt")
     return None if found is None else str(found)
-
-
-def _call(row: Row, command: list[str], log: Path, threads: int) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with log.open("ab") as file:
-        status = subprocess.run(
-            [sys.executable, "-m", "v2flow", *command],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        ).returncode
-    if status:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        raise V2FlowError(
-            f"row {row.name!r}: `v2flow {command[0]}` ended with status {status}: {last[-300:]}; see {log}. Finished "
-            "rows are kept; run the same command again to go on"
-        )
 
 
 def _findings(evaluation: Mapping[str, Any]) -> Result:
