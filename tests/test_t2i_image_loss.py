@@ -9,6 +9,7 @@ from t2i_toys import CAPTIONS, FAMILIES, tiny_llm, tiny_tokenizer
 
 from v2flow.errors import V2FlowError
 from v2flow.t2i.extension import extend_vocabulary
+from v2flow.t2i.image_loss import ImageLoss
 from v2flow.t2i.sequences import caption_ids, join
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.t2i.visual_rows import merge
@@ -66,6 +67,28 @@ def test_the_loss_is_that_of_single_sequences_without_padding(family: str) -> No
     error = torch.stack(found).std() / 200**0.5
     assert error > 0 and abs(torch.stack(found).mean() - everywhere.total) < 4 * error
     assert min(found) > nowhere.total
+
+
+def test_sampled_words_cost_where_the_whole_vocabulary_is_not_asked() -> None:
+    model = build("gemma3")
+    captions, ids = CAPTIONS[:2], model.tokenizer.encode(pictures(2))
+
+    def loss(share: float, words: int, seed: int = 0) -> ImageLoss:
+        return model.loss(
+            captions, ids, share, generator=torch.Generator().manual_seed(seed), sampled_words=words
+        )
+
+    everywhere, nowhere = loss(1.0, 0), loss(0.0, 0)
+    # Of all words, and of few words under the exact loss at each position, nothing is left to chance.
+    for exact in (loss(0.0, 10**6), loss(0.25, 10**6), loss(1.0, 8)):
+        assert torch.allclose(exact.total, everywhere.total, atol=1e-4)
+    assert torch.equal(loss(0.0, 8).visual, nowhere.visual) and loss(0.0, 8).text_mass == 0
+    assert loss(0.0, 8).total != loss(0.0, 8, seed=1).total
+    # The exact positions take the place of the estimate there, and each position counts once.
+    estimated = [loss(0.0, 64, seed).total for seed in range(40)]
+    mixed = [loss(0.5, 64, seed).total for seed in range(40)]
+    distance = [(torch.stack(found) - everywhere.total).abs().mean() for found in (estimated, mixed)]
+    assert 0 < distance[1] < distance[0]
 
 
 def test_gradients_reach_the_rows_and_the_blocks_and_not_the_text_table() -> None:

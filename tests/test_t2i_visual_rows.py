@@ -59,6 +59,7 @@ def test_embeddings_and_logits_are_those_of_the_merged_model(family: str, paddin
         hidden = hidden_states(model, embeddings)
         logits = rows.visual_logits(model, hidden)
         text = rows.text_log_sum_exp(model, hidden, chunk=7)
+        every_word = rows.sampled_log_sum_exp(model, hidden, 10**6)
         full = rows.full_vocabulary(model, hidden[:, :-1], ids[:, 1:], chunk=100)
         before = model(input_ids=ids).logits
         merge(model, rows)
@@ -71,9 +72,27 @@ def test_embeddings_and_logits_are_those_of_the_merged_model(family: str, paddin
     others[tokens.rows] = False
     assert others[: tokens.boi].all() and int(others[tokens.eoi + 1 :].sum()) == max(padding - K - 2, 0)
     torch.testing.assert_close(text, plain[..., others].logsumexp(-1), **EXACT)
+    torch.testing.assert_close(every_word, text, **EXACT)
     expected = plain.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(full.log_probabilities, expected, **EXACT)
     torch.testing.assert_close(full.text_mass, plain.softmax(-1)[:, :-1, others].sum(-1), **EXACT)
+
+
+def test_sampled_words_stand_for_all_on_average() -> None:
+    """The sum of exponentials is estimated without bias, from the same words for all positions, by hidden alone."""
+    model, tokens = extended("gemma3", 40)
+    rows = disturb(VisualRows(model, tokens))
+    hidden = torch.randn(5, WIDTH, requires_grad=True)
+    exact = rows.text_log_sum_exp(model, hidden).detach()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack([rows.sampled_log_sum_exp(model, hidden, 50, generator) for _ in range(400)])
+    ratios = (draws - exact).exp()
+    error = ratios.std(0) / 400**0.5
+    assert bool((error > 0).all()) and bool(((ratios.mean(0) - 1).abs() < 4 * error).all())
+    rows.sampled_log_sum_exp(model, hidden, 50, generator).sum().backward()
+    assert hidden.grad is not None and bool(hidden.grad.abs().sum(-1).gt(0).all())
+    assert all(p.grad is None for p in (*model.parameters(), *rows.parameters()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

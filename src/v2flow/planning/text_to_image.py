@@ -67,7 +67,10 @@ def text_to_image_training(experiment: Experiment, caption_tokens: int | None) -
         generator = seeded_generator(torch.device("cpu"), draw)
         ids = torch.randint(0, tokenizer.codebook_size, (batch_size, model.num_tokens), generator=generator)
         share = config.full_at(config.step_of(stage))[0]
-        return model.loss([None] * batch_size, ids, share, config.text_weight, generator).total
+        words = config.sampled_words
+        return model.loss(
+            [None] * batch_size, ids, share, config.text_weight, generator, sampled_words=words
+        ).total
 
     table, head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
     whole = [*table.parameters(), *head.parameters(), *tokenizer.parameters()]

@@ -62,6 +62,9 @@ class TextToImageConfig:
     full_every: int = 1
     """Those positions are of every so-many-th step alone, and so many times as many there: what they cost beside their
     products, reading the LLM's whole table, is then paid less often; so is what they teach."""
+    sampled_words: int = 0
+    """At all other positions what text costs is estimated from so many words, drawn for each step; 0 leaves it out. For
+    LLMs of large vocabularies, of which a few positions of a step say too little."""
     text_weight: float = 0.0
     """Weight of the captions' own next-token loss, which keeps the LLM's language; 0 leaves it out."""
     checkpointing: bool = False
@@ -79,12 +82,15 @@ class TextToImageConfig:
         _require(self.full_every >= 1, "full_every", "at least 1", self.full_every)
         _require(self.full_share * self.full_every <= 1, "full_every", f"at most 1 / full_share = "
                  f"{1 / max(self.full_share, 1e-9):g}", self.full_every)  # fmt: skip
+        _require(self.sampled_words >= 0, "sampled_words", "at least 0", self.sampled_words)
         _require(self.text_weight >= 0, "text_weight", "a number >= 0", self.text_weight)
 
     def full_at(self, step: int) -> tuple[float, int]:
         """Share of the positions of a training step whose softmax runs over the whole vocabulary, and the weight of
-        what they add: such a step stands for `full_every`."""
-        return (0.0, 1) if step % self.full_every else (self.full_share * self.full_every, self.full_every)
+        what they add: such a step stands for `full_every`, unless sampled words stand for text in the others."""
+        if step % self.full_every:
+            return 0.0, 1
+        return self.full_share * self.full_every, 1 if self.sampled_words else self.full_every
 
     def step_kinds(self) -> dict[str, tuple[float, float]]:
         """Kinds of training steps, and the shares of the training that they take, as intervals."""

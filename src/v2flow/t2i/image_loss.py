@@ -1,7 +1,8 @@
 """Next-token prediction of a picture's visual tokens, cheap where it can be.
 
 At most positions the softmax runs over the K + 2 visual columns alone. On a share of them it runs over the whole
-vocabulary, or the LLM would never learn that text does not belong into a picture.
+vocabulary, or the LLM would never learn that text does not belong into a picture; elsewhere words drawn at random can
+stand for all words.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class ImageLoss:
 
     Attributes:
         total: mean negative log-likelihood of the visual tokens and `<eoi>` over the visual columns, and what the whole
-            vocabulary adds to it, estimated from a share of the positions.
+            vocabulary adds to it, estimated from a share of the positions and of the words.
         visual: the same over the visual columns at every position, without gradient: comparable over shares.
         text_mass: mean probability of text at the positions with the whole vocabulary; 0 without such positions.
         hidden: last hidden states `[B, L, D]`, for further losses.
@@ -37,28 +38,37 @@ class ImageLoss:
 
 def image_loss(
     model: Any, rows: VisualRows, batch: Sequences, num_tokens: int, full_share: float = 0.125,
-    generator: torch.Generator | None = None, full_weight: float = 1.0,
+    generator: torch.Generator | None = None, full_weight: float = 1.0, sampled_words: int = 0,
 ) -> ImageLoss:  # fmt: skip
     """Loss of sequences with pictures of `num_tokens` visual tokens.
 
     Args:
         full_share: share of the image positions under the softmax over the whole vocabulary.
-        generator: draws those positions.
+        generator: draws those positions, and words.
         full_weight: of what they add to the total; above 1 in a step that stands for others without such positions.
+        sampled_words: text tokens from which what text costs at the other positions is estimated, the same for all;
+            each position then counts once, and `full_weight` should be 1. 0: they cost nothing.
     """
     hidden = run(model, rows, batch)
     states = hidden[:, -num_tokens - 2 : -1].flatten(0, 1)
     targets = batch.ids[:, -num_tokens - 1 :].flatten()
-    negative = F.cross_entropy(rows.visual_logits(model, states), targets - rows.tokens.boi, reduction="none")
+    logits = rows.visual_logits(model, states)
+    negative = F.cross_entropy(logits, targets - rows.tokens.boi, reduction="none")
     visual, text_mass, total = negative.detach().mean(), negative.new_zeros(()), negative.mean()
+    cost = None
+    if sampled_words:
+        text = rows.sampled_log_sum_exp(model, states, sampled_words, generator)
+        cost = F.softplus(text - logits.logsumexp(-1))
     count = round(full_share * len(targets))
     if count:
         chosen = torch.randperm(len(targets), generator=generator, device=targets.device)[:count]
         full = rows.full_vocabulary(model, states[chosen], targets[chosen])
+        exact, text_mass = -full.log_probabilities - negative[chosen], full.text_mass.mean()
         # What text costs there stands for all positions: weighed by their number alone they would leave text its
         # probability in unusual states, and the export's plain head would speak it.
-        total = total + full_weight * (-full.log_probabilities - negative[chosen]).mean()
-        text_mass = full.text_mass.mean()
+        cost = full_weight * exact if cost is None else cost.index_copy(0, chosen, exact)
+    if cost is not None:
+        total = total + cost.mean()
     return ImageLoss(total, visual, text_mass, hidden)
 
 

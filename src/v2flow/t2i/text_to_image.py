@@ -84,7 +84,7 @@ class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
 
     def loss(
         self, captions: Sequence[str | None], ids: VisualIds, full_share: float = 0.125, text_weight: float = 0.0,
-        generator: torch.Generator | None = None, full_weight: float = 1.0,
+        generator: torch.Generator | None = None, full_weight: float = 1.0, sampled_words: int = 0,
     ) -> ImageLoss:  # fmt: skip
         """Training loss of captions and the visual token ids `[B, N]` of their pictures; see `image_loss`.
 
@@ -93,7 +93,9 @@ class V2FlowForTextToImage(nn.Module, PretrainedTextToImage):
         """
         check_ids(ids, self.num_tokens, self.tokens.num_visual)
         batch = join(self.caption_ids(captions), self.tokens, ids.to(self.device))
-        found = image_loss(self.llm, self.rows, batch, self.num_tokens, full_share, generator, full_weight)
+        found = image_loss(
+            self.llm, self.rows, batch, self.num_tokens, full_share, generator, full_weight, sampled_words
+        )
         if not text_weight:
             return found
         text = caption_loss(self.llm, self.rows, batch, self.num_tokens, found.hidden)

@@ -5,6 +5,7 @@ and optimiser state, and at image positions the head is the K + 2 visual columns
 the whole vocabulary: the text columns enter as a log-sum-exp over chunks, which backward computes again.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,31 @@ class VisualRows(nn.Module):
             for bound in bounds
         ]
         return torch.stack(parts).logsumexp(0)
+
+    def sampled_log_sum_exp(
+        self, model: Any, hidden: Tensor, words: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Estimate `[…]` of :meth:`text_log_sum_exp` from text tokens drawn without replacement; gradients reach
+        `hidden` alone.
+
+        Its exponential is right on average; where few words hold most of the mass it is too low at most draws.
+
+        Args:
+            words: to draw; as many as there are make it exact.
+            generator: draws them.
+        """
+        head = model.get_output_embeddings()
+        number = len(head.weight) - len(self.input)
+        drawn = torch.randperm(number, generator=generator, device=head.weight.device)[:words]
+        drawn = drawn + (drawn >= self.tokens.boi) * len(self.input)  # leaves the visual rows out
+        weight = head.weight.detach()[drawn].to(hidden.dtype)
+        bias = None if head.bias is None else head.bias.detach()[drawn].to(hidden.dtype)
+
+        def part(hidden: Tensor) -> Tensor:
+            return _finish(model, F.linear(hidden, weight, bias)).logsumexp(-1)
+
+        found: Tensor = checkpoint(part, hidden, use_reentrant=False, preserve_rng_state=False)
+        return found + math.log(number / len(drawn))
 
     def full_vocabulary(
         self, model: Any, hidden: Tensor, targets: Tensor, chunk: int = CHUNK

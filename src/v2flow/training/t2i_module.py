@@ -127,11 +127,13 @@ class TextToImageModule(SeededModule):
         """Loss terms of captions (None for none) and visual token ids `[B, N]`; `loss` is what is minimised.
 
         Args:
-            generator: draws the positions under the whole vocabulary.
-            step: of the training, which decides how many those are (`full_every`); None for the share as it is.
+            generator: draws the positions under the whole vocabulary, and `sampled_words`.
+            step: of the training, which decides how many those are (`full_every`); None for the share as it is, and
+                without sampled words.
         """
         share, weight = (self.config.full_share, 1) if step is None else self.config.full_at(step)
-        found = self.model.loss(captions, ids, share, self.config.text_weight, generator, weight)
+        words = 0 if step is None else self.config.sampled_words
+        found = self.model.loss(captions, ids, share, self.config.text_weight, generator, weight, words)
         terms = {"loss": found.total, "visual": found.visual}
         if share:
             terms["text_mass"] = found.text_mass
