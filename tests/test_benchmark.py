@@ -138,10 +138,22 @@ def test_a_row_of_another_command_is_trained_again(tmp_path: Path) -> None:
     assert results(tmp_path)[0]["identity"] != before[0]["identity"]
 
 
+def test_a_row_that_is_scored_in_another_way_is_not_trained_again(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    rows = [{"name": "one"}]
+    images = []
+    for limit in (6, 4):
+        evaluate = {"data": str(tmp_path / "test-000000.tar"), "limit": limit}
+        assert run(write_suite(tmp_path, rows=rows, evaluate=evaluate)) == 0
+        images.append(results(tmp_path)[0]["weights"]["ema"]["images"])
+    assert images == [6, 4]
+    assert len(list((tmp_path / "runs").glob("one-seed3-*/fit/version_*"))) == 1
+
+
 def test_minutes_become_steps_of_each_rows_own(tmp_path: Path) -> None:
     write_experiment(tmp_path)
     wide = {"name": "wide", "arguments": ["--model.init_args.tokenizer.resampler.depth=12"]}
-    assert run(write_suite(tmp_path, rows=[{"name": "narrow"}, wide], minutes=0.02), "--plan") == 0
+    assert run(write_suite(tmp_path, rows=[{"name": "narrow"}, wide], minutes=0.2), "--plan") == 0
     kept = json.loads((tmp_path / "out" / "overhead.json").read_text())["rows"]
     assert kept["wide"]["step_flops"] > kept["narrow"]["step_flops"]
     assert kept["narrow"]["step_time_ratio"]["median"] == 1.0

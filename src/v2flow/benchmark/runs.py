@@ -1,7 +1,8 @@
 """Trains and scores the rows of a suite, each in processes of its own, and keeps what is finished.
 
 A row's result belongs to the words and to the experiment file that made it: another command, or another content of
-the file, is another result. A killed training goes on from its last checkpoint.
+the file, is another result. A killed training goes on from its last checkpoint; one that is only scored in another way
+is not run again.
 """
 
 import json
@@ -101,21 +102,29 @@ def identity(suite: Suite, plan: Plan, row: Row, seed: int) -> str:
     return words_sha256(train, score, *([facts.inputs] if facts.inputs else []))
 
 
+def training_folder(suite: Suite, plan: Plan, row: Row, seed: int, runs: Path) -> Path:
+    """Where a row is trained: named after what decides the training alone, so that another way to score it finds it."""
+    facts = plan.facts[row.name]
+    train = [row.tokenizer] if row.tokenizer else fit_command(suite, row, seed, facts.steps)
+    return runs / f"{row.slug}-seed{seed}-{words_sha256(train, facts.inputs)[:8]}"
+
+
 def _run_row(
     suite: Suite, plan: Plan, row: Row, seed: int, out: Path, runs: Path, processes: RowProcesses
 ) -> Result:
     """Trains and scores one row; see :func:`run_rows`."""
-    name, key = f"{row.slug}-seed{seed}", identity(suite, plan, row, seed)
-    folder = runs / f"{name}-{key[:8]}"
+    name, folder = f"{row.slug}-seed{seed}", training_folder(suite, plan, row, seed, runs)
     folder.mkdir(parents=True, exist_ok=True)
-    start, steps = time.monotonic(), plan.facts[row.name].steps
     if row.tokenizer is not None:
-        train, checkpoint, commit = None, row.tokenizer, current_commit()
+        train, trained = None, {"checkpoint": row.tokenizer, "commit": current_commit(), "minutes": 0.0}
     else:
-        train = fit_command(suite, row, seed, steps)
-        checkpoint, commit = _train(row, train, folder, processes)
+        train = fit_command(suite, row, seed, plan.facts[row.name].steps)
+        trained = _train(row, train, folder, processes)
+    start = time.monotonic()
     grid = f"pictures/{name}.png"
-    score = evaluate_command(suite, row, checkpoint, str(folder / "evaluation.json"), str(out / grid))
+    score = evaluate_command(
+        suite, row, trained["checkpoint"], str(folder / "evaluation.json"), str(out / grid)
+    )
     processes.call(row.name, score, folder / "evaluate.log")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     result = {
@@ -128,10 +137,10 @@ def _run_row(
             "v2flow",
             *evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID"),
         ],
-        "commit": commit,
+        "commit": trained["commit"],
         "evaluate_commit": current_commit(),
-        "identity": key,
-        "minutes": round((time.monotonic() - start) / 60, 2),
+        "identity": identity(suite, plan, row, seed),
+        "minutes": round(trained["minutes"] + (time.monotonic() - start) / 60, 2),
         "budget_minutes": suite.minutes,
         "step": evaluation["step"],
         **asdict(plan.facts[row.name]),
@@ -146,16 +155,16 @@ def _run_row(
     return shown
 
 
-def _train(row: Row, command: list[str], folder: Path, processes: RowProcesses) -> tuple[str, str | None]:
+def _train(row: Row, command: list[str], folder: Path, processes: RowProcesses) -> dict[str, Any]:
     """Trains, from the last checkpoint of an interrupted training if there is one.
 
     Returns:
-        The final checkpoint's path, and the commit that trained it.
+        `checkpoint`, the last one's path, the `commit` that trained it, and the `minutes` of the process that ended it.
     """
-    finished, commit = folder / "trained.json", current_commit()
+    finished, start = folder / "trained.json", time.monotonic()
     if not finished.is_file():
+        commit, resume = current_commit(), _newest(folder)
         places = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=fit"]
-        resume = _newest(folder)
         places += [f"--ckpt_path={resume}"] if resume else []
         processes.call(row.name, [*command, *places], folder / "fit.log")
         checkpoint = _newest(folder)
@@ -163,9 +172,10 @@ def _train(row: Row, command: list[str], folder: Path, processes: RowProcesses) 
             raise V2FlowError(
                 f"row {row.name!r}: `v2flow fit` left no last.ckpt in {folder}; see its fit.log"
             )
-        write_json(finished, {"checkpoint": checkpoint, "commit": commit})
-    trained = json.loads(finished.read_text())
-    return trained["checkpoint"], trained["commit"]
+        minutes = (time.monotonic() - start) / 60
+        write_json(finished, {"checkpoint": checkpoint, "commit": commit, "minutes": minutes})
+    trained: dict[str, Any] = json.loads(finished.read_text())
+    return trained
 
 
 def _newest(folder: Path) -> str | None:
