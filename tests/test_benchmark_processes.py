@@ -3,28 +3,29 @@
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from test_benchmark import run, write_experiment, write_suite
 
-from v2flow.benchmark.processes import LOCK
+from v2flow.benchmark.plan import plan_suite
+from v2flow.benchmark.processes import LOCK, holding
+from v2flow.benchmark.runs import training_folder
+from v2flow.benchmark.suite import read_suite
+from v2flow.training.checkpoint import read_checkpoint
 
 LONG = ["--model.init_args.optimizer.total_steps=1000000"]
-
-
-def wait_for(what: Callable[[], bool], benchmark: "subprocess.Popen[str]", seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert benchmark.poll() is None, benchmark.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+ROWS = [
+    {"name": name, "arguments": [f"--model.init_args.tokenizer.resampler.key_dim={size}"]}
+    for name, size in (("one", 4), ("two", 8), ("three", 12))
+]
 
 
 def in_use(folder: Path) -> bool:
@@ -36,25 +37,48 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def step(folder: Path) -> int:
-    (checkpoint,) = folder.glob("fit/*/checkpoints/last.ckpt")
-    found: int = torch.load(checkpoint, weights_only=False)["global_step"]
-    return found
-
-
 def trainings(benchmark: int) -> list[int]:
     lists = Path(f"/proc/{benchmark}/task").glob("*/children")
     return [int(word) for path in lists for word in path.read_text().split()]
 
 
-@pytest.fixture
-def benchmark(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A benchmark of two rows at once, each of which has a checkpoint and would train for hours."""
-    write_experiment(tmp_path)
-    suite = write_suite(tmp_path, arguments=LONG)
-    words = ["benchmark", str(suite), "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+def stopped_step(folder: Path, signal_name: str) -> int:
+    """The step after which a training says that it was stopped, which its checkpoint has to be of."""
+    text = (folder / "fit.log").read_text()
+    said = re.search(rf"stopped by {signal_name} after step (\d+); go on with --ckpt_path (\S+)", text)
+    assert said is not None, text[-1000:]
+    found: int = read_checkpoint(said[2])["global_step"]
+    assert found == int(said[1])
+    return found
+
+
+def folders(suite: Path) -> list[Path]:
+    read = read_suite(suite)
+    plan = plan_suite(read, suite.parent / "out", progress=False)
+    return [training_folder(read, plan, row, 3, suite.parent / "runs") for row in plan.rows]
+
+
+def wait_for(what: Callable[[], bool], benchmark: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 200
+    while not what():
+        assert benchmark.poll() is None, benchmark.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@contextmanager
+def benchmark_of(suite: Path, at_work: int) -> Iterator["subprocess.Popen[str]"]:
+    """A benchmark of all rows at once, once `at_work` of them, which would train for hours, have a checkpoint."""
+    words = [
+        "benchmark",
+        str(suite),
+        "--out",
+        str(suite.parent / "out"),
+        "--runs",
+        str(suite.parent / "runs"),
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "v2flow", *words, "--jobs", "2"],
+        [sys.executable, "-m", "v2flow", *words, "--jobs", "3"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,7 +87,8 @@ def benchmark(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        wait_for(lambda: len(list(tmp_path.glob("runs/*/fit/*/checkpoints/last.ckpt"))) == 2, process)
+        pattern = "runs/*/fit/*/checkpoints/last.ckpt"
+        wait_for(lambda: len(list(suite.parent.glob(pattern))) == at_work, process)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -71,46 +96,64 @@ def benchmark(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.communicate()
 
 
-def test_sigterm_stops_the_trainings_with_checkpoints(
-    benchmark: "subprocess.Popen[str]", tmp_path: Path
-) -> None:
-    folders = sorted((tmp_path / "runs").iterdir())
-    steps = [step(folder) for folder in folders]
-    benchmark.terminate()
-    _, error = benchmark.communicate(timeout=120)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigterm_stops_the_trainings_with_checkpoints_after_a_failure_too(tmp_path: Path) -> None:
+    """One row is refused, and the benchmark waits for the others before it says so."""
+    write_experiment(tmp_path)
+    suite = write_suite(tmp_path, rows=ROWS, arguments=LONG)
+    refused, *at_work = folders(suite)
+    with holding("a test", refused), benchmark_of(suite, 2) as benchmark:
+        assert [in_use(folder) for folder in at_work] == [True, True]
+        benchmark.terminate()
+        _, error = benchmark.communicate(timeout=200)
     assert benchmark.returncode == 143
     assert "finished rows are kept" in error and "Traceback" not in error
-    for folder, before in zip(folders, steps, strict=True):
-        assert not in_use(folder)
-        assert "stopped by SIGTERM after step" in (folder / "fit.log").read_text()
-        assert step(folder) >= before
+    for folder in at_work:
+        assert stopped_step(folder, "SIGTERM") > 0 and not in_use(folder)
+    assert not (refused / "fit.log").exists()
 
 
-def test_ctrl_c_in_a_terminal_reaches_everyone_and_stops_each_once(
-    benchmark: "subprocess.Popen[str]", tmp_path: Path
-) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_in_a_terminal_reaches_everyone_and_stops_each_once(tmp_path: Path) -> None:
     """The terminal's signal goes to the trainings as well; another from the benchmark would be a second Ctrl-C."""
-    os.killpg(benchmark.pid, signal.SIGINT)
-    _, error = benchmark.communicate(timeout=120)
+    write_experiment(tmp_path)
+    suite = write_suite(tmp_path, rows=ROWS[:1], arguments=LONG)
+    (folder,) = folders(suite)
+    with benchmark_of(suite, 1) as benchmark:
+        os.killpg(benchmark.pid, signal.SIGINT)
+        _, error = benchmark.communicate(timeout=200)
     assert benchmark.returncode == 130 and "Traceback" not in error
-    for folder in (tmp_path / "runs").iterdir():
-        assert "stopped by SIGINT after step" in (folder / "fit.log").read_text()
+    assert stopped_step(folder, "SIGINT") > 0 and not in_use(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_row_that_outlives_its_benchmark_is_not_trained_twice(
-    benchmark: "subprocess.Popen[str]", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left = trainings(benchmark.pid)
-    assert len(left) == 2
-    benchmark.kill()
-    benchmark.wait()
-    suite = tmp_path / "suite.yaml"
-    assert run(suite) == 2
-    assert "another process trains or scores it" in capsys.readouterr().err
-    for number in left:
-        os.kill(number, signal.SIGKILL)
-    folders = list((tmp_path / "runs").iterdir())
-    end = time.monotonic() + 30
-    while any(in_use(folder) for folder in folders):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    write_experiment(tmp_path)
+    suite = write_suite(tmp_path, rows=ROWS[:1], arguments=LONG)
+    (folder,) = folders(suite)
+    with benchmark_of(suite, 1) as benchmark:
+        (left,) = trainings(benchmark.pid)
+        benchmark.kill()
+        benchmark.wait()
+        assert run(suite) == 2
+        assert "another process trains or scores it" in capsys.readouterr().err
+        os.kill(left, signal.SIGKILL)
+        end = time.monotonic() + 60
+        while in_use(folder):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def test_no_further_row_begins_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(tmp_path)
+    suite = write_suite(tmp_path, rows=ROWS)
+    first, *others = folders(suite)
+    with holding("a test", first):
+        assert run(suite) == 2
+    assert "row 'one': another process trains or scores it" in capsys.readouterr().err
+    assert not any(folder.exists() for folder in others)

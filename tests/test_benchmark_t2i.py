@@ -23,7 +23,7 @@ from v2flow.benchmark import runs, t2i_plan
 from v2flow.benchmark.held_out import check_captions_held_out, check_held_out
 from v2flow.benchmark.html import html_report
 from v2flow.benchmark.plots import figures
-from v2flow.benchmark.processes import RowProcesses
+from v2flow.benchmark.processes import HeldRow, RowProcesses
 from v2flow.benchmark.t2i_figures import SHAPES, drawing_figures, shapes_error
 from v2flow.benchmark.t2i_grids import cut_drawings
 from v2flow.benchmark.t2i_subject import TextToImageSubject
@@ -97,7 +97,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Rows' commands run in this process, which imports everything once; the list of their verbs."""
     verbs: list[str] = []
 
-    def call(processes: RowProcesses, name: str, command: list[str], log: Path) -> None:
+    def call(processes: RowProcesses, row: HeldRow, command: list[str], log: Path) -> None:
         verbs.append(command[0])
         assert main(command) == 0
 

@@ -146,7 +146,7 @@ def test_the_whole_vocabulary_every_so_often_has_the_share_that_was_asked_for(to
     assert torch.equal(terms(None)["text_mass"], eighth.text_mass)
     assert module.config.step_kinds() == {"whole vocabulary": (0.0, 0.25), "visual columns": (0.25, 1.0)}
     sampled = make_module(toys, caption_dropout=0.0, full_share=0.125, full_every=4, sampled_words=16)
-    assert [sampled.config.full_at(step) for step in (0, 1, 4)] == [(0.5, 1), (0.0, 1), (0.5, 1)]
+    assert [sampled.config.full_at(step) for step in (0, 1, 4)] == [(0.5, 4), (0.0, 1), (0.5, 4)]
     costs = [sampled.losses(*batch, torch.Generator().manual_seed(0), step) for step in (0, 1, None)]
     assert costs[0]["loss"] > costs[0]["visual"] and costs[1]["loss"] > costs[1]["visual"]
     assert "text_mass" not in costs[1] and torch.equal(costs[2]["text_mass"], eighth.text_mass)

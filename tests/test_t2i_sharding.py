@@ -18,8 +18,8 @@ from v2flow.training.checkpoint_folders import SEAL, folder_damage, remove, seal
 from v2flow.training.optimizer import parameter_groups
 from v2flow.training.t2i_module import TextToImageModule
 
-# No draws, which differ between ranks: captions stay, and all positions are under the visual columns.
-CONFIG = {"caption_dropout": 0.0, "full_share": 0.0}
+# No draws, which differ between ranks: captions stay, and at all positions all words stand for text.
+CONFIG = {"caption_dropout": 0.0, "full_share": 0.0, "sampled_words": 10**6}
 TWO = ("--trainer.devices=2", "--data.batch_size=2", "--trainer.strategy=fsdp2")
 FOLDERS = (
     "--trainer.devices=2", "--data.batch_size=2",

@@ -41,7 +41,7 @@ def build_parser() -> Parser:
         description="Train, score and use image tokenizers whose tokens live in the vocabulary space of an LLM.",
         epilog="Exit status: 0 if all went well, 1 after an error that is not yours (a traceback), 2 after a mistake "
         "in the input (one line on standard error), 130 after Ctrl-C, 138 for a training that SLURM is to run again, "
-        "141 if what read the output has gone, 143 for a training that SIGTERM has stopped.",
+        "141 if what read the output has gone, 143 for a training or benchmark that SIGTERM has stopped.",
     )
     parser.add_argument("--version", action="version", version=f"v2flow {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -8,7 +8,6 @@ is not run again.
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from v2flow.benchmark.plan import Plan
-from v2flow.benchmark.processes import RowProcesses, stopped_by_sigterm
+from v2flow.benchmark.processes import HeldRow, RowProcesses, holding, stopped_together
 from v2flow.benchmark.suite import Row, Suite, evaluate_command, fit_command, words_sha256
 from v2flow.errors import V2FlowError
 from v2flow.metrics.files import write_json
@@ -57,28 +56,26 @@ def run_rows(
 
     report(ordered())
     processes = RowProcesses(suite.threads or max((os.cpu_count() or 1) // jobs, 1))
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        with stopped_by_sigterm():
-            futures = {
-                pool.submit(_run_row, suite, plan, row, seed, out, runs, processes): (row, seed)
-                for row, seed in waiting
-            }
-            for future in as_completed(futures):
-                row, seed = futures[future]
-                results[row.name, seed] = future.result()
-                report(ordered())
-                print(f"v2flow: {len(results)} of {len(pairs)} done: {row.name}, seed {seed}", flush=True)
-    except (KeyboardInterrupt, SystemExit):
-        processes.stop()
-        print(
-            "v2flow: stopping; finished rows are kept, run the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def run(row: Row, seed: int) -> Result | None:
+        if processes.closed:
+            return None
+        try:
+            return _run_row(suite, plan, row, seed, out, runs, processes)
+        except BaseException:
+            processes.closed = True  # before this thread takes the next row
+            raise
+
+    with stopped_together(processes, ThreadPoolExecutor(jobs)) as pool:
+        futures = {pool.submit(run, row, seed): (row, seed) for row, seed in waiting}
+        for future in as_completed(futures):
+            result = future.result()
+            if result is None:
+                continue
+            row, seed = futures[future]
+            results[row.name, seed] = result
+            report(ordered())
+            print(f"v2flow: {len(results)} of {len(pairs)} done: {row.name}, seed {seed}", flush=True)
     return ordered()
 
 
@@ -114,19 +111,16 @@ def _run_row(
 ) -> Result:
     """Trains and scores one row; see :func:`run_rows`."""
     name, folder = f"{row.slug}-seed{seed}", training_folder(suite, plan, row, seed, runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    if row.tokenizer is not None:
-        train, trained = None, {"checkpoint": row.tokenizer, "commit": current_commit(), "minutes": 0.0}
-    else:
-        train = fit_command(suite, row, seed, plan.facts[row.name].steps)
-        trained = _train(row, train, folder, processes)
-    start = time.monotonic()
+    train = None if row.tokenizer else fit_command(suite, row, seed, plan.facts[row.name].steps)
     grid = f"pictures/{name}.png"
-    score = evaluate_command(
-        suite, row, trained["checkpoint"], str(folder / "evaluation.json"), str(out / grid)
-    )
-    processes.call(row.name, score, folder / "evaluate.log")
-    evaluation = json.loads((folder / "evaluation.json").read_text())
+    with holding(row.name, folder) as held:
+        trained: dict[str, Any] = {"checkpoint": row.tokenizer, "commit": current_commit(), "minutes": 0.0}
+        if train is not None:
+            trained = _train(held, train, folder, processes)
+        start, found = time.monotonic(), folder / "evaluation.json"
+        score = evaluate_command(suite, row, trained["checkpoint"], str(found), str(out / grid))
+        processes.call(held, score, folder / "evaluate.log")
+        evaluation = json.loads(found.read_text())
     result = {
         "name": row.name,
         "slug": row.slug,
@@ -155,7 +149,7 @@ def _run_row(
     return shown
 
 
-def _train(row: Row, command: list[str], folder: Path, processes: RowProcesses) -> dict[str, Any]:
+def _train(row: HeldRow, command: list[str], folder: Path, processes: RowProcesses) -> dict[str, Any]:
     """Trains, from the last checkpoint of an interrupted training if there is one.
 
     Returns:
@@ -166,7 +160,7 @@ def _train(row: Row, command: list[str], folder: Path, processes: RowProcesses) 
         commit, resume = current_commit(), _newest(folder)
         places = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=fit"]
         places += [f"--ckpt_path={resume}"] if resume else []
-        processes.call(row.name, [*command, *places], folder / "fit.log")
+        processes.call(row, [*command, *places], folder / "fit.log")
         checkpoint = _newest(folder)
         if checkpoint is None:
             raise V2FlowError(

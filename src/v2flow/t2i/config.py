@@ -83,14 +83,14 @@ class TextToImageConfig:
         _require(self.full_share * self.full_every <= 1, "full_every", f"at most 1 / full_share = "
                  f"{1 / max(self.full_share, 1e-9):g}", self.full_every)  # fmt: skip
         _require(self.sampled_words >= 0, "sampled_words", "at least 0", self.sampled_words)
+        _require(not self.sampled_words or self.full_share < 1, "sampled_words",
+                 "0 beside full_share = 1, which leaves no position to them", self.sampled_words)  # fmt: skip
         _require(self.text_weight >= 0, "text_weight", "a number >= 0", self.text_weight)
 
     def full_at(self, step: int) -> tuple[float, int]:
         """Share of the positions of a training step whose softmax runs over the whole vocabulary, and the weight of
-        what they add: such a step stands for `full_every`, unless sampled words stand for text in the others."""
-        if step % self.full_every:
-            return 0.0, 1
-        return self.full_share * self.full_every, 1 if self.sampled_words else self.full_every
+        what they add: such a step stands for `full_every`."""
+        return (0.0, 1) if step % self.full_every else (self.full_share * self.full_every, self.full_every)
 
     def step_kinds(self) -> dict[str, tuple[float, float]]:
         """Kinds of training steps, and the shares of the training that they take, as intervals."""

@@ -47,7 +47,7 @@ def image_loss(
         generator: draws those positions, and words.
         full_weight: of what they add to the total; above 1 in a step that stands for others without such positions.
         sampled_words: text tokens from which what text costs at the other positions is estimated, the same for all;
-            each position then counts once, and `full_weight` should be 1. 0: they cost nothing.
+            each position then counts once, whatever `full_weight` is. 0: they cost nothing.
     """
     hidden = run(model, rows, batch)
     states = hidden[:, -num_tokens - 2 : -1].flatten(0, 1)
@@ -55,18 +55,21 @@ def image_loss(
     logits = rows.visual_logits(model, states)
     negative = F.cross_entropy(logits, targets - rows.tokens.boi, reduction="none")
     visual, text_mass, total = negative.detach().mean(), negative.new_zeros(()), negative.mean()
-    cost = None
-    if sampled_words:
+    count, cost = round(full_share * len(targets)), None
+    if sampled_words and count < len(targets):
         text = rows.sampled_log_sum_exp(model, states, sampled_words, generator)
         cost = F.softplus(text - logits.logsumexp(-1))
-    count = round(full_share * len(targets))
+    del logits
     if count:
         chosen = torch.randperm(len(targets), generator=generator, device=targets.device)[:count]
         full = rows.full_vocabulary(model, states[chosen], targets[chosen])
         exact, text_mass = -full.log_probabilities - negative[chosen], full.text_mass.mean()
         # What text costs there stands for all positions: weighed by their number alone they would leave text its
         # probability in unusual states, and the export's plain head would speak it.
-        cost = full_weight * exact if cost is None else cost.index_copy(0, chosen, exact)
+        if cost is not None:
+            cost = cost.index_copy(0, chosen, exact)
+        else:
+            cost = exact if sampled_words else full_weight * exact
     if cost is not None:
         total = total + cost.mean()
     return ImageLoss(total, visual, text_mass, hidden)

@@ -2,7 +2,8 @@
 
 A pretrained LLM's table has 10⁵ rows and the visual vocabulary 10³: only the latter learn, so only they need gradients
 and optimiser state, and at image positions the head is the K + 2 visual columns. On some positions the loss takes
-the whole vocabulary: the text columns enter as a log-sum-exp over chunks, which backward computes again.
+the whole vocabulary: the text columns enter as a log-sum-exp over chunks, which backward computes again. Elsewhere a
+few words can stand for all.
 """
 
 import math

@@ -101,13 +101,17 @@ class InterruptionCallback(Callback):
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the signals back, saves a checkpoint and says how to go on."""
-        handlers = self._restore()
-        if not isinstance(exception, TrainingInterrupted):
-            return
+        """Saves a checkpoint, says how to go on, and gives the signals back."""
+        try:
+            if isinstance(exception, TrainingInterrupted):
+                self._save(trainer, exception)
+        finally:
+            self._restore()  # not before: Lightning's handlers act amid what they interrupt, here the save
+
+    def _save(self, trainer: Trainer, exception: TrainingInterrupted) -> None:
         name = signal.Signals(exception.number).name
         line = f"v2flow: stopped by {name} after step {trainer.global_step}"
-        requeue = handlers.get(exception.number)
+        requeue = self._handlers.get(exception.number)
         if exception.number in _requeue_signals(trainer) and callable(requeue):
             requeue(exception.number, None)
             line += "; saved a checkpoint for SLURM, which runs the job again"
