@@ -222,9 +222,9 @@ def make_clone(parent: Path) -> Clone:
         copy = clone / path.relative_to(REPOSITORY)
         copy.parent.mkdir(parents=True, exist_ok=True)
         # Three validation pictures are too few for sixteen ways; a callback's options cannot be given in words.
-        copy.write_text(
-            re.sub(r"retrieval_pictures: \d+", "retrieval_pictures: 2, ways: 2", path.read_text())
-        )
+        text = re.sub(r"{retrieval_pictures: \d+", "{retrieval_pictures: 2, ways: 2", path.read_text())
+        few = r"\1retrieval_pictures: 2\n\1ways: 2"
+        copy.write_text(re.sub(r"^( +)retrieval_pictures: .*$", few, text, flags=re.MULTILINE))
     write_inputs(clone)
     write_llm(clone / "checkpoints" / "my-llm")
     address = parent / "smoke.socket"
