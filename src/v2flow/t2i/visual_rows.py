@@ -103,14 +103,9 @@ class VisualRows(nn.Module):
             for begin, stop in ((0, self.tokens.boi), (self.tokens.eoi + 1, len(weight)))
             for start in range(begin, stop, chunk)
         ]
-
-        def part(hidden: Tensor, start: int, stop: int) -> Tensor:
-            columns = None if bias is None else bias[start:stop]
-            return _finish(model, F.linear(hidden, weight[start:stop], columns)).logsumexp(-1)
-
         parts = [
-            checkpoint(part, hidden, *bound, use_reentrant=False, preserve_rng_state=False)
-            for bound in bounds
+            _log_sum_exp(model, hidden, weight[start:stop], None if bias is None else bias[start:stop])
+            for start, stop in bounds
         ]
         return torch.stack(parts).logsumexp(0)
 
@@ -132,12 +127,7 @@ class VisualRows(nn.Module):
         drawn = drawn + (drawn >= self.tokens.boi) * len(self.input)  # leaves the visual rows out
         weight = head.weight.detach()[drawn].to(hidden.dtype)
         bias = None if head.bias is None else head.bias.detach()[drawn].to(hidden.dtype)
-
-        def part(hidden: Tensor) -> Tensor:
-            return _finish(model, F.linear(hidden, weight, bias)).logsumexp(-1)
-
-        found: Tensor = checkpoint(part, hidden, use_reentrant=False, preserve_rng_state=False)
-        return found + math.log(number / len(drawn))
+        return _log_sum_exp(model, hidden, weight, bias) + math.log(number / len(drawn))
 
     def full_vocabulary(
         self, model: Any, hidden: Tensor, targets: Tensor, chunk: int = CHUNK
@@ -226,6 +216,16 @@ def _start(weight: Tensor, tokens: VisualTokens, rows: Tensor | None) -> nn.Para
             f"rows of the visual tokens: expected shape {list(found.shape)}, found {list(rows.shape)}"
         )
     return nn.Parameter((found if rows is None else rows.to(found.device)).float().clone())
+
+
+def _log_sum_exp(model: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Over the head's columns `weight` `[n, D]`, whose logits backward computes again."""
+
+    def columns(hidden: Tensor) -> Tensor:
+        return _finish(model, F.linear(hidden, weight, bias)).logsumexp(-1)
+
+    found: Tensor = checkpoint(columns, hidden, use_reentrant=False, preserve_rng_state=False)
+    return found
 
 
 def _finish(model: Any, logits: Tensor) -> Tensor:
