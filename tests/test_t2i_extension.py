@@ -1,12 +1,15 @@
 """Vocabulary extension: ids, matrices of every length, captions; and the LLMs it is done to."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from t2i_toys import CAPTIONS, FAMILIES, tiny_llm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from v2flow.errors import V2FlowError
 from v2flow.t2i import language_model
@@ -161,6 +164,23 @@ def test_the_first_layers_of_a_folders_model(tmp_path: Path, family: str) -> Non
     torch.testing.assert_close(seen[0], states[1])
     part.save_pretrained(tmp_path / "part")  # a shorter layer_types, or this would be refused
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "part").config.num_hidden_layers == 1
+
+
+def test_blocks_left_out_are_not_reported_and_a_missing_weight_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llm("llama", TOKENIZER_LENGTH).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    verbosity = transformers_logging.get_verbosity()
+    load_language_model(str(tmp_path), layers=1)
+    assert "layers.1" not in caplog.text and transformers_logging.get_verbosity() == verbosity
+
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(V2FlowError, match="no weights of model.layers.0.mlp.up_proj.weight"):
+        load_language_model(str(tmp_path))
 
 
 def test_random_weights_depend_on_the_seed_and_nothing_else(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from v2flow.downloads import downloads_refused, why_local
@@ -111,9 +113,14 @@ def _load_folder(
         config = first_layers(config, layers)
         if random_weights:
             return _random_model(config, dtype, seed), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False, local_files_only=local
-        )
+        with _no_table_of_keys():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, trust_remote_code=False, local_files_only=local,
+                output_loading_info=True,
+            )  # fmt: skip
+        model, keys = loaded
+        if missing := sorted(keys["missing_keys"]):
+            raise ValueError(f"no weights of {', '.join(missing[:3])}")
     except V2FlowError:
         raise
     except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
@@ -123,6 +130,20 @@ def _load_folder(
             f"model with its tokenizer, found none that can be read ({reason}){why_local(source)}"
         ) from error
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _no_table_of_keys() -> Iterator[None]:
+    """Without transformers' table of weights that were not as expected.
+
+    Blocks left out on purpose fill it, and weights that are missing are an error here, not drawn at random.
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _random_model(config: Any, dtype: torch.dtype, seed: int) -> Any:
