@@ -58,7 +58,7 @@ help:
 	@echo "make demo              a web page to try the newest runs of EXPERIMENT and EXPERIMENT_T2I, or CHECKPOINT=file"
 	@echo "make test              run the tests"
 	@echo "make test-faults       kill and resume many small trainings; ARGS=\"--kills 50 --out FILE\""
-	@echo "make test-fuzz         10,000 random inputs for each reader; hours; ARGS=\"-k captions\""
+	@echo "make test-fuzz         10,000 random inputs for each reader; an hour; ARGS=\"-k captions\""
 	@echo "make test-gpu          run the tests that need a CUDA GPU"
 	@echo "make coverage          what the tests do not reach: build/coverage/html; ARGS=\"-m 'not slow'\""
 	@echo "make lint              check style and types"

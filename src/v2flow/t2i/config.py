@@ -42,7 +42,7 @@ class TextToImageConfig:
     """Where the visual tokens' rows start; see initial_rows.py."""
     pictures: Optional[Union[str, list[str]]] = None
     """Captioned picture shards for what is read from data before training: the visual tokens' words of rows=words, and
-    the captions that the tokenizer of the last two is trained on."""
+    the captions that the tokenizer of a gpt2-style or neox-style LLM is trained on."""
     words_pictures: int = 1000
     """Pictures that rows=words reads."""
     train: Literal["full", "last_layers", "lora", "rows"] = "full"
