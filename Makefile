@@ -33,12 +33,14 @@ SUITE_DATA := $(shell grep -qs data/openmoji "$(SUITE)" && echo $(OPENMOJI)) \
 DOMAINS := data/domains/faces/manifest.json
 SUITE_DATA += $(shell grep -qs "probes:.*domains" "$(SUITE)" && echo $(DOMAINS))
 
+# The last checkpoint of the newest run in a folder, by the run's number: a clock may be set back.
+newest = ls -d checkpoints/$(1)/version_*/checkpoints/last.ckpt 2>/dev/null | sort -V | tail -n 1
 # What `make evaluate` scores: the newest run of the experiment, on the test shards of its data.
-CHECKPOINT ?= $(shell ls -t checkpoints/$(NAME)/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
+CHECKPOINT ?= $(shell $(call newest,$(NAME)))
 # What `make demo` draws captions with: the newest run of the text-to-image experiment, if there is one.
-PAINTER ?= $(shell ls -t checkpoints/t2i/$(basename $(notdir $(EXPERIMENT_T2I)))/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
+PAINTER ?= $(shell $(call newest,t2i/$(basename $(notdir $(EXPERIMENT_T2I)))))
 # What `make demo` sets beside the tokenizer: the newest VQ autoencoder of the same pictures, if there is one.
-BASELINE ?= $(shell ls -t checkpoints/$(NAME)-vq/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
+BASELINE ?= $(shell $(call newest,$(NAME)-vq))
 PICTURES := $(or $(V2FLOW_DATA),$(if $(wildcard ../shared/data),../shared/data,data))
 SHARDS ?= $(if $(DATA),$(dir $(DATA))test-*.tar,$(if $(findstring cifar10,$(NAME)),$(PICTURES)/cifar10/test-{000000..000001}.tar))
 
@@ -49,6 +51,8 @@ minutes = $$(( ($(2) - $(1)) / 60 )) min $$(( ($(2) - $(1)) % 60 )) s
 .DEFAULT_GOAL := help
 .PHONY: help train-tokenizer train-t2i evaluate demo benchmark test test-faults test-fuzz test-gpu coverage lint docs format experiment-exists checkpoint-exists experiment-t2i-exists suite-exists
 .DELETE_ON_ERROR:
+# One data set is built by one command, and packages are installed by one; trainings use all cores as it is.
+.NOTPARALLEL:
 
 help:
 	@echo "make train-tokenizer   train a tokenizer: data, training, figures, grid (no GPU needed)"
@@ -90,7 +94,7 @@ train-t2i: experiment-t2i-exists $(VENV)/.installed-t2i $(READY_T2I)
 	echo "v2flow: set-up took $(call minutes,$(START),ready), training $(call minutes,ready,finished)"; \
 	exit $$status
 
-evaluate: experiment-exists $(VENV)/.installed-cli $(DATA) checkpoint-exists
+evaluate: experiment-exists checkpoint-exists $(VENV)/.installed-cli $(DATA)
 	@if [ -z "$(SHARDS)" ]; then \
 	  echo "v2flow: error: no test shards known for $(EXPERIMENT); name them with SHARDS=..." >&2; exit 2; fi
 	$(V2FLOW) evaluate "$(CHECKPOINT)" --data "$(SHARDS)" --json "checkpoints/$(NAME)/evaluation.json" \
@@ -158,12 +162,14 @@ $(OPENMOJI): | $(VENV)/.installed-cli
 $(SHAPES): | $(VENV)/.installed-cli
 	$(V2FLOW) data shapes --out data/shapes
 
-# A tokenizer for stage 2: the newest run of its experiment, which is trained now if there is none, exported.
-newest_run = $$(ls -t checkpoints/$*/version_*/checkpoints/last.ckpt 2>/dev/null | head -n 1)
-
+# A tokenizer for stage 2: the newest run of its experiment, exported. It is trained now if there is none, and to its end
+# if it was interrupted: the figures are written last.
 checkpoints/tokenizers/%/config.json: | $(VENV)/.installed-t2i
-	@[ -n "$(newest_run)" ] || $(MAKE) train-tokenizer EXPERIMENT=experiments/tokenizer/$*.yaml ARGS=
-	$(V2FLOW) export "$(newest_run)" checkpoints/tokenizers/$*
+	@run=$$($(call newest,$*)); \
+	if [ -z "$$run" ]; then more=; elif [ -f "$${run%checkpoints/last.ckpt}metrics.json" ]; then exit 0; \
+	else echo "v2flow: $$run is of a training that was interrupted: it goes on"; more="--ckpt_path last"; fi; \
+	$(MAKE) train-tokenizer EXPERIMENT=experiments/tokenizer/$*.yaml ARGS="$$more"
+	$(V2FLOW) export "$$($(call newest,$*))" checkpoints/tokenizers/$*
 
 # Its token shards, of the pictures that it was trained on.
 # OpenMoji is small enough to be learned by heart; its captions seldom say where things are, so its views may differ.

@@ -1,5 +1,6 @@
 """This machine alone: tests, and the commands that they start, must not use the network; and its free ports."""
 
+import random
 import socket
 from typing import Any
 
@@ -16,7 +17,15 @@ def connect_here(self: socket.socket, address: Any) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nothing listens on.
+
+    Not one of those that the system gives to outgoing connections: other tests' would take it before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port

@@ -39,18 +39,25 @@ def toy_tokenizer(
     return V2FlowTokenizer(config).eval()
 
 
-def write_pictures(folder: Path, counts: dict[str, int] | None = None) -> str:
-    """Captioned shards train, val and test of noisy coloured pictures with a json of their own. Gives a glob."""
+def write_pictures(
+    folder: Path, counts: dict[str, int] | None = None, captions: dict[int, str] | None = None
+) -> str:
+    """Captioned shards train, val and test of noisy coloured pictures with a json of their own. Gives a glob.
+
+    Args:
+        captions: other captions by number of the picture.
+    """
     generator = torch.Generator().manual_seed(0)
     for split, count in (counts or {"train": 24, "val": 6, "test": 6}).items():
         members = []
         for index in range(count):
             caption = CAPTIONS[index % len(CAPTIONS)]
             colour = torch.tensor(COLOURS[caption.split()[-2]])
+            said = (captions or {}).get(index, caption)
             noise = torch.randint(-40, 40, (16, 16, 3), generator=generator)
             pixels = (colour + noise).clamp(0, 255).to(torch.uint8).numpy()
             key = f"{split}{index:03d}"
-            members += [(f"{key}.png", encode(pixels)), (f"{key}.txt", caption.encode())]
+            members += [(f"{key}.png", encode(pixels)), (f"{key}.txt", said.encode())]
             members += [(f"{key}.json", json.dumps({"number": index}).encode())]
         write_tar(folder / f"{split}-000000.tar", members)
     return str(folder / "*.tar")

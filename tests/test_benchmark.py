@@ -159,6 +159,18 @@ def test_minutes_become_steps_of_each_rows_own(tmp_path: Path) -> None:
     assert kept["narrow"]["step_time_ratio"]["median"] == 1.0
 
 
+def test_a_report_measures_nothing_and_keeps_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
+    suite = write_suite(tmp_path, minutes=0.2)
+    assert run(suite, "--report") == 2 and not list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / "overhead.json").write_text('{"key": "of other rows", "rows": {}}')
+    assert run(suite, "--report") == 2
+    assert "overhead.json: expected the step times of" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["overhead.json"]
+
+
 def test_a_tokenizer_of_ones_own_is_scored_beside_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +196,14 @@ def test_a_tokenizer_of_ones_own_is_scored_beside_the_others(
         ({"evaluate": {"date": 1}}, "evaluate: unknown key 'date'"),
         ({"reference": "VQ"}, "reference: expected the name of a row, found 'VQ'"),
         ({"minutes": -1}, "minutes: expected a positive number or null, found -1"),
+        ({"seeds": 1}, "seeds: expected a list of integers such as [0, 1], found 1"),
+        ({"seeds": []}, "seeds: expected a list of integers such as [0, 1], found []"),
+        ({"arguments": "--x=1"}, "suite.yaml: arguments: expected a list of words, found '--x=1'"),
+        ({"rows": [{"name": "a", "arguments": ["--x", 5]}]}, "row 'a': arguments: expected a list of words"),
+        (
+            {"rows": [{"name": "a", "tokenizer": "no_such:build", "optional": True}]},
+            "none of them can be built",
+        ),
         (
             {"rows": [{"name": "a", "tokenizer": "m:f", "arguments": ["x"]}]},
             "either a tokenizer or an experiment",

@@ -12,6 +12,7 @@ from v2flow import V2FlowForTextToImage, V2FlowTokenizer
 from v2flow.cli import main
 from v2flow.images import load_image
 from v2flow.t2i.extension import extend_vocabulary
+from v2flow.t2i.prompts import read_prompts
 from v2flow.training.module import seeded_generator
 
 RECORDS = [
@@ -91,6 +92,10 @@ def test_geneval_s_layout(exported: str, tmp_path: Path) -> None:
         (["--out", "OUT"], "captions: expected at least one, found none"),
         (["", "--out", "OUT"], "caption 0: expected some words, found ''"),
         (["a dog " * 100, "--out", "OUT"], "expected at most 64 tokens"),
+        (
+            ["caf\udce9", "--out", "OUT"],
+            "caption 0: expected text, found 'caf\\udce9' (surrogates not allowed)",
+        ),
         (["a dog", "--out", "OUT", "--samples", "0"], "option --samples: expected at least 1"),
         (["a dog", "--out", "OUT", "--top-p", "2"], "option top_p"),
         (["a dog", "--out", "OUT", "--mode", "fastest"], "unknown decode mode 'fastest'"),
@@ -125,6 +130,14 @@ def test_bad_prompt_files_are_one_line(
     (tmp_path / name).write_text(text)
     command = ["generate", exported, "--prompts", str(tmp_path / name), "--out", str(tmp_path / "out")]
     assert message in error_line(capsys, command)
+
+
+def test_marks_of_windows_and_unicode_line_ends_are_no_captions(tmp_path: Path) -> None:
+    plain, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_bytes("\ufeffa dog\r\na cat\u2028asleep\r\n".encode())
+    assert [prompt.caption for prompt in read_prompts(plain)] == ["a dog", "a cat\u2028asleep"]
+    records.write_bytes('\ufeff{"prompt": "a dog\u2028asleep"}\n'.encode())
+    assert [prompt.caption for prompt in read_prompts(records)] == ["a dog\u2028asleep"]
 
 
 def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

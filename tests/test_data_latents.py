@@ -38,6 +38,7 @@ from v2flow.data.manifest import read_manifest
 from v2flow.data.shards import open_shards
 from v2flow.errors import V2FlowError
 from v2flow.training.data_module import ShardDataModule
+from v2flow.training.metric_callbacks import ReconstructionCallback
 from v2flow.training.module import ReconstructionModule
 from v2flow.training.optimizer import OptimizerConfig
 from v2flow.training.tokenizer_module import TokenizerModule
@@ -485,6 +486,16 @@ def test_losses_on_pixels_need_pictures(whole: Path, tmp_path: Path) -> None:
     module = VQAutoencoderModule(vq_config(), OptimizerConfig(total_steps=8), pixel_losses=options)
     with pytest.raises(V2FlowError, match="found cached latents, but option pixel_losses needs pictures"):
         fit(module, tmp_path, str(whole / "*.tar"))
+
+
+@quiet
+def test_floors_need_pictures(whole: Path) -> None:
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer.datamodule = ShardDataModule(16, str(whole / "*.tar"))
+    with pytest.raises(
+        V2FlowError, match="option floors: expected training shards of pictures, found cached latents"
+    ):
+        ReconstructionCallback(floors=True).setup(trainer, tokenizer_module(), "fit")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

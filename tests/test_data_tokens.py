@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from data_toys import write_tar
-from t2i_training_toys import Toys, toy_tokenizer, write_pictures
+from t2i_training_toys import CAPTIONS, Toys, toy_tokenizer, write_pictures
 
 from v2flow import V2FlowTokenizer
 from v2flow.cli import main
@@ -124,6 +124,32 @@ def test_views_of_training_pictures(toys: Toys, tmp_path: Path, capsys: pytest.C
     )
 
 
+def test_a_view_does_not_take_the_key_of_another_picture(
+    toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before anything is encoded."""
+    red = next(iter(toy_members(toys)))
+    write_tar(tmp_path / "train-000000.tar", [
+        (f"{key}.{end}", data) for key in ("cat", "cat-1") for end, data in red.items()
+    ])  # fmt: skip
+    out = str(tmp_path / "tokens")
+    words = ["data", "tokens", toys.tokenizer, "--data", str(tmp_path / "train-000000.tar"), "--out", out]
+    assert main([*words, "--views", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "sample 'cat': option --views: " in error and "of another picture, 'cat-1'" in error
+    assert not Path(out).exists() and main(words) == 0
+
+
+def toy_members(toys: Toys) -> list[dict[str, bytes]]:
+    """The members of the first training pictures by extension."""
+    with tarfile.open(toys.pictures.replace("*", "train-000000")) as archive:
+        found: dict[str, dict[str, bytes]] = {}
+        for member in archive.getmembers()[:3]:
+            key, _, end = member.name.partition(".")
+            found.setdefault(key, {})[end] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    return list(found.values())
+
+
 def test_views_are_shifts_and_mirror_images() -> None:
     picture = torch.rand(3, 32, 32)
     moves = range(-2, 3)
@@ -227,11 +253,16 @@ def test_buckets_are_windows_of_the_shuffled_order() -> None:
         assert np.array_equal(order.samples(1, start, stop), whole[start:stop])
 
 
-def test_longest_captions_come_first(toys: Toys) -> None:
-    found = list(data(toys).longest_captions("train", 3).values())
-    assert found == ["a few green things", "a few white things", "a few green things"] or set(found) == {
-        "a few green things", "a few white things"
-    }  # fmt: skip
+def test_long_captions_are_each_found_once(toys: Toys) -> None:
+    module, longest = data(toys), {"a few green things", "a few white things"}
+    assert set(module.long_captions("train", tokens=17)) == longest
+    assert set(module.long_captions("train", tokens=0)) == set(CAPTIONS)
+    assert set(module.long_captions("train", tokens=0, count=4)) == longest  # two samples each
+    assert module.long_captions("train", tokens=18) == {}
+    assert (
+        "train-000000.tar, sample 'train009'"
+        in module.long_captions("train", tokens=17)["a few green things"]
+    )
 
 
 def test_shards_of_other_kinds_are_refused(toys: Toys, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from v2flow.data.manifest import MANIFEST, read_manifest
-from v2flow.data.writer import Sample, finished_build, write_shards
+from v2flow.data.writer import STAGING, Sample, finished_build, write_shards
 from v2flow.errors import V2FlowError
 
 BUILD = {"kind": "test", "size": 8}
@@ -87,7 +87,32 @@ def test_a_build_that_lost_a_shard_is_built_again(tmp_path: Path) -> None:
     write_shards(tmp_path, _samples(3), BUILD, samples_per_shard=2)
     (tmp_path / "train-000001.tar").write_bytes(b"")
     assert finished_build(tmp_path, BUILD) is None
-    assert not (tmp_path / MANIFEST).exists()
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, _interrupted(), BUILD, samples_per_shard=2)
+    assert finished_build(tmp_path, BUILD) is None, "not in the way of the next"
+    counts = write_shards(tmp_path, _samples(3), BUILD, samples_per_shard=2)
+    assert finished_build(tmp_path, BUILD) == counts
+
+
+def _interrupted() -> Iterator[Sample]:
+    yield from _samples(1)
+    raise KeyboardInterrupt
+
+
+def test_two_builds_of_one_folder_do_not_meet(tmp_path: Path) -> None:
+    """The second is refused while the first is at work, and leaves it alone; what a killed one left is cleared."""
+    out = tmp_path / "set"
+
+    def first() -> Iterator[Sample]:
+        yield from _samples(2)
+        with pytest.raises(V2FlowError, match="set: another process is building these shards; wait"):
+            write_shards(out, _samples(3), BUILD)
+        yield from list(_samples(3))[2:]
+
+    assert write_shards(out, first(), BUILD) == write_shards(tmp_path / "alone", _samples(3), BUILD)
+    assert (out / "train-000000.tar").read_bytes() == (tmp_path / "alone" / "train-000000.tar").read_bytes()
+    (tmp_path / "killed" / STAGING).mkdir(parents=True)
+    assert write_shards(tmp_path / "killed", _samples(3), BUILD)
 
 
 def test_shards_of_others_are_not_overwritten(tmp_path: Path) -> None:

@@ -73,6 +73,37 @@ def test_each_target_has_a_line_of_help() -> None:
         assert target.endswith("-exists") or target == "help" or f"\nmake {target} " in f"\n{said}", target
 
 
+def test_a_tokenizer_of_an_interrupted_training_is_trained_to_its_end_first(tmp_path: Path) -> None:
+    """What `make train-t2i` would do in a clone with such runs; the figures are the last thing that a run writes."""
+
+    def planned() -> str:
+        words = ["make", "-n", "checkpoints/tokenizers/small/config.json"]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    def training(said: str) -> list[str]:
+        return [line for line in said.splitlines() if line.startswith(".venv/bin/python -m v2flow fit")]
+
+    (tmp_path / "experiments" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "Makefile").write_text(MAKEFILE)
+    for name in ("experiments/tokenizer/small.yaml", "setup.cfg", "pyproject.toml"):
+        (tmp_path / name).touch()
+    (line,) = training(planned())
+    assert '--config "experiments/tokenizer/small.yaml"' in line and "ckpt_path" not in line
+    for number, finished in ((2, False), (2, True), (10, False), (10, True)):
+        run = tmp_path / "checkpoints" / "small" / f"version_{number}"
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints" / "last.ckpt").touch()
+        if finished:
+            (run / "metrics.json").touch()
+        said = planned()
+        assert "v2flow export" in said and bool(training(said)) == (not finished), said
+        assert (
+            finished
+            or f"version_{number}/checkpoints/last.ckpt is of a training that was interrupted" in said
+        )
+        assert finished or "--ckpt_path last" in training(said)[0]
+
+
 def test_markers_are_those_that_it_explains(pytestconfig: pytest.Config) -> None:
     text = (REPOSITORY / "pyproject.toml").read_text()
     ours = re.findall(r'^    "(\w+): ', text.split("markers = [")[1].split("]")[0], re.MULTILINE)

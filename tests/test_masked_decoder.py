@@ -235,6 +235,11 @@ def test_options_are_checked() -> None:
         DecoderConfig(heads=5)
     with pytest.raises(V2FlowError, match="decoder.mask_ratio.*found"):
         DecoderConfig(mask_ratio=[1.0, 0.25])
+    for ratio in ([0.7, 0, 0.7], [2.0, 0.1, 0.7], [0.1, 0.01, 0.7], [1.0, math.nan, 0.7]):
+        with pytest.raises(V2FlowError, match=r"decoder.mask_ratio.*0 < minimum <= mean <= 1"):
+            DecoderConfig(mask_ratio=ratio)
+    with pytest.raises(V2FlowError, match="decoder.width: expected a multiple of 4, found 198"):
+        DecoderConfig(width=198)
     with pytest.raises(V2FlowError, match="decoder.null_probability.*found 1.0"):
         DecoderConfig(null_probability=1.0)
     with pytest.raises(V2FlowError, match="decoder.full_mask_share.*found -0.1"):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch.multiprocessing as mp
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from loopback import free_port
 from metric_toys import MODES, ToyLoader, ToyModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -205,10 +205,7 @@ def _fit_rank(rank: int, port: int, folder: str) -> None:
 
 def test_two_ranks_give_the_figures_of_one(tmp_path: Path) -> None:
     """10 pictures in batches of 4 on two ranks: the last batch of rank 1 is all padding."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_fit_rank, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(_fit_rank, (free_port(), str(tmp_path)), nprocs=2)
     (file,) = tmp_path.rglob("metrics.json")
     two = json.loads(file.read_text())
     model = ToyModule().model

@@ -62,6 +62,14 @@ def run(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
+def test_shards_that_are_not_there_are_told_before_anything_is_scored(
+    run: tuple[Path, dict[str, Any]], shards: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("v2flow.evaluate.evaluate_model", lambda *_, **__: pytest.fail("scored first"))
+    with pytest.raises(V2FlowError, match="nowhere"):
+        evaluate_checkpoint(run[0] / "last.ckpt", shards["val"], floors_train="nowhere-{0..1}.tar")
+
+
 def test_evaluate_gives_the_figures_of_the_callback(
     run: tuple[Path, dict[str, Any]], shards: dict[str, str], tmp_path: Path
 ) -> None:

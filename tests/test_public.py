@@ -10,11 +10,13 @@ from v2flow.baselines.public import diffusers_vq
 from v2flow.errors import V2FlowError
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(params=[False, True], ids=["codes", "ids"])
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Of a model whose `decode` takes codes, or ids, as aMUSEd's does."""
     model = VQModel(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, num_vq_embeddings=16,
+        lookup_from_codebook=request.param,
     )  # fmt: skip
     model.save_pretrained(tmp_path / "vqvae")
     return tmp_path / "vqvae"

@@ -1,5 +1,6 @@
 """Vocabulary extension: ids, matrices of every length, captions; and the LLMs it is done to."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from t2i_toys import CAPTIONS, FAMILIES, tiny_llm, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 from transformers.utils import logging as transformers_logging
 
 from v2flow.errors import V2FlowError
@@ -20,7 +21,7 @@ from v2flow.t2i.extension import (
     is_tied,
     visual_token,
 )
-from v2flow.t2i.language_model import load_language_model
+from v2flow.t2i.language_model import first_layers, load_language_model
 from v2flow.t2i.small_llm import PREFIXES, train_caption_llm_tokenizer
 
 K = 16
@@ -219,6 +220,34 @@ def test_a_small_llm_with_rotary_positions_knows_no_place_but_the_distance() -> 
         here = torch.arange(ids.shape[1])[None]
         logits = [model(input_ids=ids, position_ids=here + start).logits for start in (0, 9)]
         assert torch.allclose(*logits, atol=1e-5) == same
+
+
+def test_a_damaged_configuration_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Each of these ends in an exception of another class of another library."""
+    tiny_llm("llama", TOKENIZER_LENGTH).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    whole = json.loads(file.read_text())
+    for change in (
+        {"num_hidden_layers": "x"},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"dtype": "foo"},
+    ):
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(V2FlowError, match=f"option llm: '{tmp_path}': expected") as error:
+            load_language_model(str(tmp_path))
+        assert "\n" not in str(error.value)
+    file.write_text("[]")
+    with pytest.raises(V2FlowError, match="option llm"):
+        load_language_model(str(tmp_path))
+
+
+def test_blocks_of_a_model_of_text_and_pictures_are_not_cut() -> None:
+    with pytest.raises(
+        V2FlowError, match="option layers: expected an LLM of text alone, found one of type gemma3 "
+    ):
+        first_layers(Gemma3Config(), 1)
 
 
 @pytest.mark.parametrize(

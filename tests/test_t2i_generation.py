@@ -128,6 +128,9 @@ def test_extreme_draws_stay_among_the_tokens_left() -> None:
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, ends, GenerationOptions()).tolist() == [1, 0]
     assert draw(logits, ends, GenerationOptions(top_k=2)).tolist() == [1, 2]
+    draw(
+        torch.full((2, 4), torch.nan), ends, GenerationOptions()
+    )  # some id: the loss is where such a model is told
 
 
 def test_ids_depend_on_the_seed_but_not_on_neighbours(model: V2FlowForTextToImage) -> None:

@@ -11,7 +11,7 @@ import torch
 from core_toys import pictures, small_config
 from hub_toys import stand_in_for_the_hub, tree
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 from t2i_toys import CAPTIONS, tiny_llm, tiny_tokenizer
 
 from v2flow import V2FlowForTextToImage, V2FlowTokenizer
@@ -184,6 +184,17 @@ def test_damaged_and_foreign_folders_are_refused(learned, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(tmp_path, str(tmp_path), "causal language model")
+    tensors = load(weights)
+    lost = next(name for name in tensors if "mlp" in name)
+    save_file(
+        {name: t for name, t in tensors.items() if name != lost},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    refused(tmp_path, str(tmp_path), f"no weights of {lost}")  # not drawn at random
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": "x"}))
     refused(tmp_path, str(tmp_path), "causal language model")
     (tmp_path / DOCUMENT).write_text("{")
     refused(tmp_path, DOCUMENT, "not JSON")

@@ -1,6 +1,7 @@
 """Where the visual tokens' rows start: lengths, directions, words of one LLM in the embeddings of another."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from v2flow.errors import V2FlowError
 from v2flow.llm import LLMVocabulary
 from v2flow.t2i.extension import VisualTokens, extend_vocabulary
 from v2flow.t2i.initial_rows import initial_rows, mean_and_radius, projected_directions
-from v2flow.t2i.word_directions import TokenWords, matching_ids, surface_forms, token_words, word_directions
+from v2flow.t2i.word_directions import (
+    TokenWords,
+    matching_ids,
+    surface_forms,
+    token_words,
+    word_directions,
+    words_batch,
+)
 from v2flow.tokenizer import V2FlowTokenizer
 
 K = 12
@@ -220,6 +228,13 @@ def test_mean_distributions_are_those_of_a_plain_loop() -> None:
         assert torch.equal(found.probabilities[index], found.probabilities[int(similarity.argmax())])
     torch.testing.assert_close(found.probabilities.sum(1), torch.ones(32))
     assert int(token_words(tokenizer, batches(images), pictures=5).counts.sum()) == 40
+
+
+def test_pictures_read_at_once_keep_within_half_a_gigabyte() -> None:
+    for tokens, words in ((64, 2048), (64, 262_144), (1024, 32_000), (1, 1)):
+        tokenizer: Any = SimpleNamespace(num_tokens=tokens, words=range(words))
+        batch = words_batch(tokenizer)
+        assert 1 <= batch <= 32 and (batch == 1 or batch * tokens * words * 32 <= 1 << 29)
 
 
 def test_in_its_own_llm_words_point_along_the_mean_soft_token_of_each_code() -> None:

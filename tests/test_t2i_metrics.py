@@ -1,6 +1,7 @@
 """Metrics of text to image: each figure on cases whose value is known, and the whole report of a small training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from v2flow.cli import main
 from v2flow.data.scene_sampler import held_out, sample_scene
 from v2flow.data.shapes import build_shapes, render
 from v2flow.data.tokens import build_tokens
+from v2flow.decode_modes import shipped_presets
 from v2flow.errors import V2FlowError
 from v2flow.images import load_image
 from v2flow.metrics.extractors import efficientnet
@@ -36,6 +38,7 @@ from v2flow.t2i.metrics.shapes_score import duo_rows, shapes_rows
 from v2flow.t2i.metrics.training_set import open_training_set
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.tokenizer import V2FlowTokenizer
+from v2flow.training import t2i_callbacks
 from v2flow.training.t2i_callbacks import TextToImageCallback
 from v2flow.training.t2i_module import TextToImageModule
 from v2flow.training.token_data_module import TokenDataModule
@@ -419,7 +422,7 @@ def test_the_command_gives_the_same_figures_and_more(
     pictures = str(Path(toys.tokens).parent / "pictures")
     assert evaluate(checkpoint, f"{pictures}/val-*.tar", "--ways", "4", "--json", tmp_path / "p.json",
                     "--floors-train", f"{pictures}/train-*.tar", "--grid", tmp_path / "g.png", "--top-k",
-                    "5", "--draws", "2") == 0  # fmt: skip
+                    "5", "--draws", "2", "--modes", "balanced") == 0  # fmt: skip
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["retrieval"] == logged["retrieval"]
     assert set(report["distances"]) == {
@@ -427,6 +430,7 @@ def test_the_command_gives_the_same_figures_and_more(
         "nearest_training_picture", "real_vs_real",
     }  # fmt: skip
     assert report["protocol"]["generation"]["top_k"] == 5 and report["memorisation"]
+    assert shipped_presets()["balanced"].items() <= report["protocol"]["decode"].items()
     assert report["protocol"]["draws"] == 2 and found["protocol"]["draws"] == 1
     for each in (report, found, logged):
         assert each["commit"] == current_commit() and each["date"] > "2026"
@@ -454,7 +458,9 @@ def test_draws_are_refused_where_they_would_be_thrown_away(
     assert "option draws: expected 1 where no distances are measured, found 2" in capsys.readouterr().err
 
 
-def test_the_callback_refuses_data_that_it_cannot_score(trained: tuple[Toys, Path, Path]) -> None:
+def test_the_callback_refuses_data_that_it_cannot_score(
+    trained: tuple[Toys, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     toys = trained[0]
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     data = TokenDataModule(toys.shards("train"), toys.shards("val"))
@@ -462,6 +468,14 @@ def test_the_callback_refuses_data_that_it_cannot_score(trained: tuple[Toys, Pat
     module: Any = type("Module", (), {"model": type("Model", (), {"tokenizer": toy_tokenizer()})})
     with pytest.raises(V2FlowError, match="ways: expected at most 6.* found 16"):
         TextToImageCallback().setup(trainer, module, "fit")
+    with monkeypatch.context() as patch:  # six captions of one and the same picture
+        patch.setattr(
+            t2i_callbacks,
+            "read_samples",
+            lambda *a, **k: replace(read_samples(*a, **k), ids=torch.zeros(6, 4).long()),
+        )
+        with pytest.raises(V2FlowError, match="retrieval: expected 3 further groups .* found 0"):
+            TextToImageCallback(ways=4).setup(trainer, module, "fit")
     with pytest.raises(V2FlowError, match="shapes_pictures: expected scenes"):
         TextToImageCallback(shapes_pictures=4).setup(trainer, module, "fit")
     trainer.datamodule = None

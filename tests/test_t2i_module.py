@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from t2i_toys import tiny_llm, tiny_tokenizer
-from t2i_training_toys import Toys, toy_tokenizer
+from t2i_training_toys import Toys, toy_tokenizer, write_pictures
 from test_cli_training import error_line
 
 from v2flow.cli import main
+from v2flow.data.tokens import build_tokens
 from v2flow.errors import V2FlowError
 from v2flow.t2i.build import assemble, build_text_to_image
 from v2flow.t2i.checkpoint import load_text_to_image
@@ -166,6 +167,30 @@ def test_a_share_of_the_captions_is_dropped(toys: Toys) -> None:
     assert make_module(toys, caption_dropout=0.0).drop_captions(["a"], generator) == ["a"]
 
 
+def test_dropout_of_the_llm_is_drawn_by_the_steps_key(toys: Toys) -> None:
+    module = make_module(toys, train="lora", lora=LoraOptions(dropout=0.5))
+    torch.nn.init.ones_(next(p for n, p in module.named_parameters() if "lora_B" in n))
+    batch = batch_of(module.model)
+    before = torch.get_rng_state()
+    losses = [
+        module.losses(*batch, torch.Generator().manual_seed(seed))["visual"].item() for seed in (1, 1, 2)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_of_padding_alone_counts_for_nothing(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rank has it whose share of the validation samples is empty."""
+    module = make_module(toys)
+    logged: list[tuple[dict[str, torch.Tensor], int]] = []
+    monkeypatch.setattr(module, "log_losses", lambda terms, stage, count: logged.append((terms, count)))
+    captions, ids = batch_of(module.model, 3)
+    for valid in ([True, True, False], [False] * 3):
+        module.validation_step({"caption": captions, "ids": ids, "valid": torch.tensor(valid)}, 0)
+    assert [count for _, count in logged] == [2, 0]
+    assert logged[1][0].keys() == logged[0][0].keys()  # every rank logs the same names
+
+
 def test_caption_loss_is_that_of_the_plain_llm() -> None:
     model = toy_model("gemma3", train="full")
     captions, ids = batch_of(model)
@@ -318,6 +343,15 @@ def test_init_from_takes_weights_alone(
     for name, tensor in torch.load(start, weights_only=True)["state_dict"].items():
         torch.testing.assert_close(fresh["state_dict"][name], tensor, rtol=0, atol=1e-9)
     assert "with the same LLM" in error_line(capsys, [*words, "--model.init_args.text_to_image.train=rows"])
+    assert "trained from another LLM" in error_line(
+        capsys, [*words, "--model.init_args.text_to_image.seed=7"]
+    )
+    other = write_pictures(
+        tmp_path / "other", {"train": 4}
+    )  # other captions, so other words of the small LLM
+    assert "trained from another LLM" in error_line(
+        capsys, [*words, f"--model.init_args.text_to_image.pictures={other}"]
+    )
 
 
 @pytest.mark.parametrize(("size", "grid", "seed", "expected"), [
@@ -350,6 +384,17 @@ def test_bad_options_are_one_line(
     toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], expected: str
 ) -> None:
     assert expected in error_line(capsys, ["fit", "--config", toys.write(tmp_path, **options)])
+
+
+def test_a_short_caption_of_many_tokens_is_found_before_the_training(
+    toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Far behind the longest ones by its bytes."""
+    pictures = write_pictures(tmp_path / "pictures", {"train": 80, "val": 6, "test": 1}, {70: "xq7 zj9"})
+    build_tokens(toys.tokenizer, pictures, tmp_path / "tokens", progress=False)
+    file = toys.write(tmp_path, max_caption=6)
+    words = ["fit", "--config", file, f"--data.train={tmp_path}/tokens/train-*.tar"]
+    assert "sample 'train070': caption 0 ('xq7 zj9'…): expected at most 6 tokens" in error_line(capsys, words)
 
 
 def test_pictures_are_no_tokens(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_losses import fit, losses, rank_losses
+from rank_losses import fit, losses, rank_losses, validation_loss
 from t2i_training_toys import Toys
 from training_toys import experiment, write, write_shards
 
@@ -56,10 +56,12 @@ def test_two_shards_learn_what_one_process_learns(toys: Toys, tmp_path: Path) ->
     file = toys.write(tmp_path, **CONFIG)
     module = TextToImageModule(TextToImageConfig(**toys.config(**CONFIG)))
     torch.save(module.state_dict(), tmp_path / "start.ckpt")
-    fit(file, *rank_losses(tmp_path))
-    fit(file, *TWO, *rank_losses(tmp_path))
+    few = ("--data.val_limit=3", "--data.eval_batch_size=4")  # of which the second rank has none
+    fit(file, *few, *rank_losses(tmp_path))
+    fit(file, *TWO, *few, *rank_losses(tmp_path))
     assert len(set(losses(tmp_path, 1))) == 4
     assert losses(tmp_path, 2) == pytest.approx(losses(tmp_path, 1), rel=1e-4)
+    assert validation_loss(tmp_path, 2) == pytest.approx(validation_loss(tmp_path, 1), rel=1e-4)
     one, other = (torch.load(last(tmp_path, i), weights_only=True)["state_dict"] for i in range(2))
     assert set(one) == set(other)
     start = torch.load(tmp_path / "start.ckpt", weights_only=True)

@@ -1,7 +1,9 @@
 """Training the tokenizer: optimiser, clock, draws, two steps on real pictures, and learning one batch by heart."""
 
 import io
+import json
 import tarfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 from core_toys import pictures, small_config
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from loopback import free_port
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -283,6 +286,23 @@ def test_decode_modes() -> None:
         assert module.model.decode(ids, **options).shape == (2, 3, 16, 16)
     with pytest.raises(V2FlowError, match="decode option 'stepz'"):
         TokenizerModule(small_config(), decode_modes={"odd": {"stepz": 1}})
+    with pytest.raises(V2FlowError, match="decode_modes: odd: decode option steps: .* found 2.5"):
+        TokenizerModule(small_config(), decode_modes={"odd": {"steps": 2.5}})
+    unguided = small_config(decoder=replace(small_config().decoder, null_probability=0.0))
+    with pytest.raises(V2FlowError, match="option guidance: expected 1, found 2"):
+        TokenizerModule(unguided, decode_modes={"odd": {"guidance": 2.0}})
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_other_precisions_are_refused_before_training(precision: Any, tmp_path: Path) -> None:
+    trainer = Trainer(
+        precision=precision, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(
+        V2FlowError, match=f"option trainer.precision: expected one of 32-true, .* found {precision}"
+    ):
+        trainer.fit(make_module(), loader())
 
 
 def two_steps(data: Any, folder: Path) -> TokenizerModule:
@@ -372,18 +392,17 @@ def fit_rank(rank: int, folder: str, alone: float) -> None:
     trainer.fit(module, DataLoader(batches, batch_size=None))
     assert broadcasts == [False]
     torch.save(everything(module), Path(folder, f"{rank}.pt"))
+    state = trainer.optimizers[0].state
+    steps = {name: int(state[p]["step"]) for name, p in module.model.named_parameters() if p in state}
+    Path(folder, f"{rank}.json").write_text(json.dumps(steps))
 
 
 @pytest.mark.parametrize("alone", [0.0, 0.5])
 def test_two_processes_stay_equal(alone: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a stage leaves parameters without gradients, for which other ranks would wait; buffers too, to the
     bit, though nothing broadcasts them."""
-    import socket
-
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(probe.getsockname()[1]))
+    (tmp_path / "port").write_text(str(free_port()))
     torch.multiprocessing.spawn(fit_rank, (str(tmp_path), alone), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -392,6 +411,9 @@ def test_two_processes_stay_equal(alone: float, tmp_path: Path, monkeypatch: pyt
     assert {"decoder.project.weight", "head.field.fine_output.2.weight"} <= moved
     assert {f"visual_vocabulary.{name}" for name in ("codes", "sums", "counts")} <= moved
     assert {"head.residual_std", "head.residual_batches"} <= moved and "resampler.table" in first
+    # AdamW has counted, as on one rank, the steps in which a parameter learned.
+    steps = json.loads((tmp_path / "0.json").read_text())
+    assert set(steps.values()) == {2 if alone else 4} and "head.field.fine_output.2.weight" in steps
 
 
 # --- it learns --------------------------------------------------------------------------------------------------

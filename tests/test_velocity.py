@@ -148,6 +148,8 @@ def test_every_parameter_takes_part(kind: str, inputs) -> None:
 
 
 def test_options_are_checked() -> None:
+    with pytest.raises(V2FlowError, match="velocity.width: expected a multiple of 4, found 198"):
+        VelocityConfig(width=198)
     with pytest.raises(V2FlowError, match="velocity.heads.*divisor of width 16.*found 3"):
         VelocityConfig(kind="joint", width=16, heads=3)
     assert VelocityConfig(kind="per_position", width=16, heads=3).heads == 3  # unused there

@@ -52,7 +52,7 @@ def run_benchmark(options: argparse.Namespace) -> None:
     suite = read_suite(options.suite)
     out: Path = options.out or Path("results") / suite.name
     out.mkdir(parents=True, exist_ok=True)
-    plan = plan_suite(suite, out)
+    plan = plan_suite(suite, out, measure=not options.report)
     if options.plan:
         if options.json is not None:
             rows = {name: asdict(facts) for name, facts in plan.facts.items()}

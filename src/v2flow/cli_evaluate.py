@@ -52,6 +52,7 @@ def refuse_text_to_image_options(options: argparse.Namespace) -> None:
 def run_evaluate_text_to_image(options: argparse.Namespace) -> None:
     """`v2flow evaluate` of a text-to-image model."""
     _refuse_tokenizer_options(options)
+    from v2flow.decode_modes import PRESETS
     from v2flow.t2i.metrics.checkpoint import evaluate_text_to_image_checkpoint
     from v2flow.t2i.metrics.table import text_to_image_table
 
@@ -63,6 +64,7 @@ def run_evaluate_text_to_image(options: argparse.Namespace) -> None:
         train=options.floors_train,
         limit=options.limit,
         drawing=_drawing(options),
+        preset=next((mode for mode in options.modes or [] if mode in PRESETS), None),
         features=not options.no_features,
         untrained=not getattr(options, "no_untrained", False),
         json_path=options.json,
@@ -76,12 +78,12 @@ def run_evaluate_text_to_image(options: argparse.Namespace) -> None:
 
 
 def _drawing(options: argparse.Namespace) -> Any:
-    """How to draw, as the options say."""
-    from v2flow.decode_modes import select_modes
+    """How to draw, as the options say; of a preset what is shipped, as the model's own is not read yet."""
+    from v2flow.decode_modes import select_modes, shipped_presets
     from v2flow.evaluate import FOLDER_MODES
     from v2flow.t2i.metrics.rows import Drawing
 
-    modes = select_modes(options.modes, FOLDER_MODES)
+    modes = select_modes(options.modes, FOLDER_MODES, shipped_presets())
     if len(modes) != 1:
         raise V2FlowError(
             f"option --modes: expected one way to turn visual tokens into pixels, found {len(modes)}"

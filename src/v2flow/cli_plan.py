@@ -1,6 +1,7 @@
 """The verb `v2flow plan`."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ examples:
     --device a100-40gb --utilisation 0.4 --json plan.json
   v2flow plan --config experiments/tokenizer/openmoji-32.yaml --device cpu
   v2flow plan --all --out benchmarks/results/plans/README.md"""
+
+
+_FIGURES = (
+    "devices", "nodes", "tflops", "memory_gb", "memory_bandwidth", "node_bandwidth", "network_bandwidth", "utilisation",
+    "precision", "batch_size", "caption_tokens", "draws",
+)  # fmt: skip
+"""Options that change what is planned, beside the experiments and the device."""
 
 
 def add_plan_verb(verbs: Any) -> None:
@@ -145,13 +153,21 @@ def _write(options: argparse.Namespace, plans: "list[tuple[str, Plan]]") -> None
     if options.json is not None:
         write_json(options.json, {name: plan.document() for name, plan in plans})
     if options.out is not None:
-        words = [
-            "v2flow plan",
-            "--all" if options.all else " ".join(f"--config {path}" for path in options.config),
-        ]
-        text = table_document(plans, f"{' '.join(words)} --device {options.device}")
+        text = table_document(plans, _command(options))
         write_atomically(options.out, lambda file: file.write(text.encode()))
         print(f"\nv2flow: table {options.out}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that the figures are of, without where they are written to."""
+    words = ["v2flow", "plan", *(["--all"] if options.all else [])]
+    words += [word for path in options.config for word in ("--config", str(path))]
+    words += ["--device", options.device]
+    for name in _FIGURES:
+        value = getattr(options, name)
+        if value is not None and not (name == "draws" and value == 1):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words + [word for change in options.set for word in ("--set", change)])
 
 
 def _all_experiments() -> list[Path]:

@@ -4,6 +4,7 @@ They are the options of the experiment files (``--model.init_args.tokenizer.…`
 checkpoint and the ``config.json`` of an exported tokenizer. Contradictions are refused here, before any work.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Optional
 
@@ -170,6 +171,7 @@ class DecoderConfig:
     """Recompute activations in backward: less memory, a third more time."""
 
     def __post_init__(self) -> None:
+        _require(self.width % 4 == 0, "decoder.width", "a multiple of 4", self.width)
         _require(
             self.width % self.heads == 0, "decoder.heads", f"a divisor of width {self.width}", self.heads
         )
@@ -177,8 +179,9 @@ class DecoderConfig:
         require_blocks("decoder.decoder_depth", self.decoder_depth)
         _require(self.prefix_attention in ("full", "self"), "decoder.prefix_attention", "full or self",
                  self.prefix_attention)  # fmt: skip
-        _require(len(self.mask_ratio) == 3 and 0 < self.mask_ratio[2] <= 1, "decoder.mask_ratio",
-                 "mean, standard deviation, minimum in (0, 1]", self.mask_ratio)  # fmt: skip
+        ratio = self.mask_ratio
+        _require(len(ratio) == 3 and 0 < ratio[2] <= ratio[0] <= 1 and 0 < ratio[1] < math.inf, "decoder.mask_ratio",
+                 "mean, standard deviation above 0 and minimum, 0 < minimum <= mean <= 1", ratio)  # fmt: skip
         _require(
             0 <= self.full_mask_share <= 1,
             "decoder.full_mask_share",
@@ -237,6 +240,7 @@ class VelocityConfig:
     """Weight of the flow loss; with target=residual, beside the loss of the conditional mean."""
 
     def __post_init__(self) -> None:
+        _require(self.kind != "joint" or self.width % 4 == 0, "velocity.width", "a multiple of 4", self.width)
         _require(self.kind != "joint" or self.width % self.heads == 0, "velocity.heads",
                  f"a divisor of width {self.width}", self.heads)  # fmt: skip
         for name in ("depth", "fine_depth", "mean_depth"):

@@ -1,5 +1,6 @@
 """From visual tokens to latents: AR iterations over positions, an ODE solve in each (paper section 3.3)."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,6 +41,9 @@ class DecodeOptions:
     """Standard deviation of the starting noise."""
 
     def __post_init__(self) -> None:
+        for number in ("guidance", "timestep_shift", "temperature"):
+            if not math.isfinite(getattr(self, number)):
+                raise V2FlowError(f"option {number}: expected a finite number, found {getattr(self, number)}")
         timesteps(self.steps, self.timestep_shift)
         if self.iterations < 1:
             raise V2FlowError(f"option iterations: expected at least 1, found {self.iterations}")

@@ -197,25 +197,31 @@ def evaluate_checkpoint(
     results: dict[str, dict[str, Any]] = {}
     probed: dict[str, Any] = {}
     previous: dict[str, torch.Tensor] = {}
+    train: Iterable[Mapping[str, Any]] | None = None
     for name in names:
         model, info = load_model(path, "raw" if name == "raw" else "ema", allow_own=True)
         chosen = select_modes(modes, info["decode_modes"] or FOLDER_MODES, presets_of(model))
         loader = evaluation_loader(data, image_size_of(model), batch_size, limit, num_workers, allow_pipe)
+        if floors_train is not None and train is None:  # a mistake in it is told before anything is scored
+            train = evaluation_loader(
+                floors_train, image_size_of(model), batch_size, None, num_workers, allow_pipe
+            )
+        model = model.to(place)
         if results and _same_tensors(previous, model.state_dict()):
             results[name] = next(iter(results.values()))  # trained without averaging: nothing to score again
-            continue
-        results[name] = evaluate_model(
-            model.to(place),
-            loader,
-            chosen,
-            seed=seed,
-            features=features,
-            inception_weights=inception_weights,
-            device=place,
-            protocol=describe_shards(data) | {"crop": "center", "limit": limit},
-            grid_path=grid_path if not results else None,
-            progress=progress,
-        )
+        else:
+            results[name] = evaluate_model(
+                model,
+                loader,
+                chosen,
+                seed=seed,
+                features=features,
+                inception_weights=inception_weights,
+                device=place,
+                protocol=describe_shards(data) | {"crop": "center", "limit": limit},
+                grid_path=grid_path if not results else None,
+                progress=progress,
+            )
         previous = {key: value.cpu() for key, value in model.state_dict().items()}
         if probes and name != "raw":
             settings = ProbeSettings(
@@ -227,10 +233,7 @@ def evaluate_checkpoint(
             )
             probed = run_probes(probes, model, loader_of_few, settings)
     floors = None
-    if floors_train is not None:
-        train = evaluation_loader(
-            floors_train, image_size_of(model), batch_size, None, num_workers, allow_pipe
-        )
+    if train is not None:
         floors = data_floors(
             train, loader, features=features, inception_weights=inception_weights, device=place
         )

@@ -1,6 +1,6 @@
 """The V2Flow tokenizer: codec, resampler, visual vocabulary, masked decoder and flow, assembled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -21,7 +21,7 @@ from v2flow.arrays import (
 from v2flow.codec import build_codec
 from v2flow.config import TokenizerConfig
 from v2flow.decode_modes import Presets, preset_options, shipped_presets
-from v2flow.decoding import decode_options, draw_latents
+from v2flow.decoding import DecodeOptions, decode_options, draw_latents
 from v2flow.encoding import encode_ids, nearest_codes, soft_tokens
 from v2flow.errors import V2FlowError
 from v2flow.flow import FlowHead
@@ -208,6 +208,20 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
             ids, soft.embeddings.float(), soft.words, soft.probabilities.float(), soft.entropy.float()
         )
 
+    def decode_settings(self, options: Mapping[str, Any]) -> DecodeOptions:
+        """Options of `decode`, checked against this tokenizer.
+
+        Raises:
+            V2FlowError: an unknown or impossible option, or guidance that was not trained.
+        """
+        settings = decode_options(dict(options))
+        if settings.guidance != 1.0 and self.config.decoder.null_probability == 0:
+            raise V2FlowError(
+                f"option guidance: expected 1, found {settings.guidance}: this tokenizer was trained with "
+                "decoder.null_probability=0 and knows nothing to guide away from"
+            )
+        return settings
+
     @torch.no_grad()
     def decode(
         self, ids: VisualIds, generator: torch.Generator | None = None, preset: str | None = None, **options: Any,
@@ -225,12 +239,7 @@ class V2FlowTokenizer(nn.Module, PretrainedMixin):
         """
         if preset is not None:
             options = preset_options(self.decode_presets, preset, options)
-        settings = decode_options(options)
-        if settings.guidance != 1.0 and self.config.decoder.null_probability == 0:
-            raise V2FlowError(
-                f"option guidance: expected 1, found {settings.guidance}: this tokenizer was trained with "
-                "decoder.null_probability=0 and knows nothing to guide away from"
-            )
+        settings = self.decode_settings(options)
         check_ids(ids, self.num_tokens, self.codebook_size)
         if not len(ids):
             return torch.empty(0, 3, self.config.image_size, self.config.image_size)

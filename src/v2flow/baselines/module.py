@@ -1,7 +1,6 @@
 """Training of the baselines under Lightning."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -83,7 +82,7 @@ class AutoencoderModule(ReconstructionModule):
         self, images: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Terms for pictures [B, 3, H, W] in [0, 1]; `loss` is what is minimised."""
-        with self._draws_of(generator):
+        with self.global_draws(generator):  # the library replaces dead codes from them
             total, terms, latents = self.model(images)
         networks = self._pixel_networks(images.device)
         if networks is None:
@@ -97,17 +96,9 @@ class AutoencoderModule(ReconstructionModule):
         self, latents: Tensor, progress: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """The same terms for cached codec latents [B, C, h, w], without the losses on pixels."""
-        with self._draws_of(generator):
+        with self.global_draws(generator):
             total, terms, _ = self.model.reconstruct_latents(latents)
         return {"loss": total} | terms
-
-    @contextmanager
-    def _draws_of(self, generator: torch.Generator) -> Iterator[None]:
-        """The library replaces dead codes from torch's global generator."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(generator.initial_seed())
-            yield
 
     def evaluation_losses(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Terms for held-out pictures; losses on pixels other than the mean are left out."""

@@ -46,8 +46,11 @@ class DiffusersVQ(nn.Module):
         check_ids(ids, self.num_tokens, self.codebook_size)
         with inference(self):
             shape = (len(ids), self.side, self.side, self.model.config.latent_channels)
-            codes = self.model.quantize.get_codebook_entry(ids.to(self.model.device).flatten(), shape)
-            return ((self.model.decode(codes, force_not_quantize=True).sample + 1) / 2).float().clamp(0, 1)
+            codes = ids.to(self.model.device).flatten()
+            if not self.model.config.lookup_from_codebook:  # else `decode` takes ids
+                codes = self.model.quantize.get_codebook_entry(codes, shape)
+            pixels = self.model.decode(codes, force_not_quantize=True, shape=shape).sample
+            return ((pixels + 1) / 2).float().clamp(0, 1)
 
 
 def diffusers_vq(path: str, image_size: int = 256) -> DiffusersVQ:

@@ -85,15 +85,18 @@ class RowBuilder(Protocol):
         """What the trained rows cost, see :func:`v2flow.benchmark.overhead.measure_overhead`."""
 
 
-def plan_suite(suite: Suite, out: Path, progress: bool = True) -> Plan:
+def plan_suite(suite: Suite, out: Path, progress: bool = True, measure: bool = True) -> Plan:
     """Builds every row once, checks that the suite is fair, and turns minutes into steps.
 
     The measurement is kept in `overhead.json` of `out`, so that a suite that goes on later, or on a busier machine,
     trains the remaining rows for the same number of steps.
 
+    Args:
+        measure: what is not known yet; without, that is an error.
+
     Raises:
-        V2FlowError: a row that cannot be built, rows of two kinds, unequal bits among comparable rows, an option that
-            `v2flow evaluate` does not have, or evaluation pictures that a row is trained on.
+        V2FlowError: a row that cannot be built, or none that can, rows of two kinds, unequal bits among comparable
+            rows, an option that `v2flow evaluate` does not have, or evaluation pictures that a row is trained on.
     """
     builder = row_builder(suite)
     _check_evaluation(suite, builder)
@@ -108,6 +111,8 @@ def plan_suite(suite: Suite, out: Path, progress: bool = True) -> Plan:
             warn(f"row {row.name!r} is left out: {error}")
             continue
         rows.append(row)
+    if not rows:
+        raise V2FlowError(f"{suite.file}: rows: none of them can be built; see the warnings above")
     check_comparable(rows, facts)
     limit = suite.evaluate.limit
     if isinstance(builder, TokenizerRows) and limit is not None and limit < FRECHET_PICTURES:
@@ -117,7 +122,7 @@ def plan_suite(suite: Suite, out: Path, progress: bool = True) -> Plan:
         )
     plan = Plan(rows, facts)
     if suite.minutes is not None and builder.trained:
-        plan.overhead = _overhead(suite, builder, facts, out / "overhead.json", progress)
+        plan.overhead = _overhead(suite, builder, facts, out / "overhead.json", progress, measure)
         for name in builder.trained:
             facts[name].steps = steps_for_minutes(plan.overhead[name], suite.minutes, multiple=VALIDATIONS)
     return plan
@@ -195,10 +200,6 @@ def _check_evaluation(suite: Suite, builder: RowBuilder) -> None:
     """Refuses words of the suite that `v2flow evaluate` would refuse after the first training."""
     from v2flow.cli import build_parser
 
-    if not isinstance(suite.evaluate.arguments, list):
-        raise V2FlowError(
-            f"{suite.file}: evaluate.arguments: expected a list of words, found {suite.evaluate.arguments!r}"
-        )
     for row in suite.rows:
         try:
             words = evaluate_command(suite, row, row.tokenizer or "CHECKPOINT", "OUT", "GRID")
@@ -240,7 +241,7 @@ def check_comparable(rows: list[Row], facts: dict[str, RowFacts]) -> None:
 
 
 def _overhead(
-    suite: Suite, builder: RowBuilder, facts: dict[str, RowFacts], path: Path, progress: bool
+    suite: Suite, builder: RowBuilder, facts: dict[str, RowFacts], path: Path, progress: bool, measure: bool
 ) -> dict[str, Any]:
     commands = {
         row.name: fit_command(suite, row, 0, None) for row in suite.rows if row.name in builder.trained
@@ -257,6 +258,11 @@ def _overhead(
         kept = json.loads(path.read_text())
         if kept["key"] == key:
             return kept["rows"]
+    if not measure:
+        raise V2FlowError(
+            f"{path}: expected the step times of {suite.file}, found none, or those of before a change of its rows or "
+            "their experiment files; leave --report out to measure and train, or put the files back as they were"
+        )
     print("v2flow: measuring what a step of each row costs; the machine should be idle", flush=True)
     rows = builder.measure(progress)
     write_json(path, {"key": key, "batch_size": builder.batch_size, "rows": rows})

@@ -191,7 +191,10 @@ def _curve(folder: Path) -> list[dict[str, float]]:
     points: dict[int, dict[str, float]] = {}
     for path in sorted(folder.glob("fit/version_*/validation.jsonl")):
         for line in path.read_text().splitlines():
-            point = json.loads(line)
+            try:
+                point = json.loads(line)
+            except json.JSONDecodeError:  # a line that a full disk or a power cut left half
+                continue
             points[point["step"]] = point
     return [points[step] for step in sorted(points)]
 

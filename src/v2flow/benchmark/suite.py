@@ -120,6 +120,11 @@ def read_suite(path: Path) -> Suite:
     suite.evaluate = _build(Evaluation, suite.evaluate, f"{path}: evaluate")
     if not isinstance(suite.rows, list) or not suite.rows:
         raise V2FlowError(f"{path}: rows: expected a list of trainings, found {suite.rows!r}")
+    _check_words(suite.arguments, f"{path}: arguments")
+    _check_words(suite.evaluate.arguments, f"{path}: evaluate.arguments")
+    seeds = suite.seeds
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise V2FlowError(f"{path}: seeds: expected a list of integers such as [0, 1], found {seeds!r}")
     suite.rows = [_build(Row, row, f"{path}: row {i + 1}") for i, row in enumerate(suite.rows)]
     _check_rows(suite.rows, path)
     if suite.reference is None:
@@ -131,10 +136,16 @@ def read_suite(path: Path) -> Suite:
     return suite
 
 
+def _check_words(words: Any, where: str) -> None:
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise V2FlowError(f"{where}: expected a list of words, found {words!r}; put numbers in quotes")
+
+
 def _check_rows(rows: list[Row], path: Path) -> None:
     for row in rows:
         if not isinstance(row.name, str):
             raise V2FlowError(f"{path}: rows: expected a name in words, found {row.name!r}; put it in quotes")
+        _check_words(row.arguments, f"{path}: row {row.name!r}: arguments")
         if row.tokenizer is not None and (row.arguments or row.experiment):
             raise V2FlowError(
                 f"{path}: row {row.name!r}: expected either a tokenizer or an experiment with its arguments, found both"

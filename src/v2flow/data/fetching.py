@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from v2flow.data.disk import disk_reason
 from v2flow.data.http import HttpStream
 from v2flow.errors import V2FlowError, first_line
 from v2flow.paths import cache_dir
+
+_log = logging.getLogger(__name__)
 
 MAX_SHARD = 64 << 30
 """Bytes of a remote shard, where neither a manifest nor its server says how many it has."""
@@ -37,6 +40,11 @@ def fetch_shard(name: str, version: str, size: int | None = None) -> Path:
     digest = hashlib.sha256(f"{name}\n{version}".encode()).hexdigest()[:32]
     final = cache_dir() / "shards" / f"{digest}.tar"
     if final.exists():
+        if not version.partition("-")[2]:
+            _log.info(
+                "%s: taken from the cache, though nothing says whether it has changed since: its source has neither "
+                "ETag nor time; delete %s to fetch it again", name, final,
+            )  # fmt: skip
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

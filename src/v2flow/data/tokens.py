@@ -166,6 +166,7 @@ def build_tokens(
     if views > 1:
         build["views"] = views
     splits = [_split_of(shard.name) for shard in opened.shards]
+    _check_view_keys(opened, splits, views)
     finished = finished_build(Path(out), build)
     if finished is not None:
         return finished
@@ -173,6 +174,28 @@ def build_tokens(
     reader = SampleReader(opened, tokenizer.config.image_size, captions=True)
     loader = EvaluationLoader(EvaluationBatches(reader, len(opened)), batch_size, num_workers)
     return write_shards(Path(out), _samples(tokenizer, opened, splits, loader, views, progress), build)
+
+
+def _view_key(key: str, view: int) -> str:
+    return f"{key}-{view}" if view else key
+
+
+def _check_view_keys(shards: ShardSet, splits: Sequence[str], views: int) -> None:
+    """Refuses pictures whose own keys are those that views of others get."""
+    if views == 1:
+        return
+    indexes = [(shard.name, shard.index, split) for shard, split in zip(shards.shards, splits, strict=True)]
+    keys = {index.key(row) for _, index, _ in indexes for row in range(len(index))}
+    for name, index, split in indexes:
+        for key in (index.key(row) for row in range(len(index)) if split == "train"):
+            taken = next(
+                (_view_key(key, view) for view in range(1, views) if _view_key(key, view) in keys), None
+            )
+            if taken is not None:
+                raise V2FlowError(
+                    f"{name}, sample {key!r}: option --views: a view of it would have the key of another picture, "
+                    f"{taken!r}; rename that picture and build its shards again, or leave the option out"
+                )
 
 
 def _samples(
@@ -198,7 +221,7 @@ def _samples(
                         "txt": batch["caption"][row].encode(),
                         "json": _with_ids(shards.read(first + row, _JSON), ids, where),
                     }
-                    yield Sample(places[row], batch["key"][row] + (f"-{view}" if view else ""), members)
+                    yield Sample(places[row], _view_key(batch["key"][row], view), members)
             first += count
             bar.update(count)
 

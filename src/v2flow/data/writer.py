@@ -1,6 +1,8 @@
 """Writing shards with their manifest: complete under their final names, or not there at all."""
 
+import fcntl
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -48,7 +50,7 @@ def finished_build(out: Path, build: Mapping[str, Any]) -> dict[str, int] | None
             )
         if all((out / n).is_file() and (out / n).stat().st_size == i.size for n, i in indexes.items()):
             return count_by_split(indexes)
-        manifest.unlink()  # shards are gone or damaged: built again
+        # Shards are gone or damaged: built again. The same settings give the same bytes, so the manifest holds.
     elif (strange := next(iter(sorted(out.glob("*.tar"))), None)) is not None and not (
         out / STAGING
     ).is_dir():
@@ -86,13 +88,18 @@ def write_shards(
         Samples by split.
 
     Raises:
-        V2FlowError: two samples of one key, a key with a dot, no samples at all, or a disk that is full.
+        V2FlowError: two samples of one key, a key with a dot, no samples at all, a disk that is full, or another
+            process that builds this folder.
     """
     new = not out.exists()
     staging = out / STAGING
+    if staging.exists():
+        os.close(_hold(staging))  # refused while it is another's
     shutil.rmtree(staging, ignore_errors=True)
+    held: int | None = None
     try:
         staging.mkdir(parents=True)
+        held = _hold(staging)
         indexes = _write_all(staging, samples, samples_per_shard)
         for name, text in (texts or {}).items():
             (staging / name).write_text(text)
@@ -106,10 +113,32 @@ def write_shards(
             f"{out}: the shards cannot be written: {reason}; nothing is left of them: make room or name another "
             "folder, and call again"
         ) from error
+    finally:
+        if held is not None:
+            os.close(held)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):
         path.replace(out / path.name)
     staging.rmdir()
     return count_by_split(indexes)
+
+
+def _hold(staging: Path) -> int:
+    """Locks a staging folder for this process, until the descriptor is closed.
+
+    Raises:
+        V2FlowError: it is locked.
+    """
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise V2FlowError(
+            f"{staging.parent}: another process is building these shards; wait until it has ended, and call again"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _write_all(folder: Path, samples: Iterable[Sample], samples_per_shard: int) -> dict[str, ShardIndex]:

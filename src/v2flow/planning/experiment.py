@@ -99,12 +99,21 @@ def read_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         steps=_steps(path, trainer.max_steps, options),
         batch_size=config.data.batch_size,
         accumulate=trainer.accumulate_grad_batches or 1,
-        devices=int(devices) if str(devices).isdigit() else AUTO_DEVICES,
+        devices=_count(devices),
         nodes=trainer.num_nodes,
         bf16=str(trainer.precision or "").startswith(("bf16", "16")),
         ema=any(callback.class_path.endswith("EMACallback") for callback in callbacks),
         local_buffers=_local_buffers(trainer.strategy),
     )
+
+
+def _count(devices: Any) -> int:
+    """Number of `trainer.devices`: a number, a list of devices also as text, or auto."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else AUTO_DEVICES
 
 
 def _local_buffers(strategy: Any) -> bool:

@@ -17,7 +17,7 @@ from v2flow.t2i.small_llm import PREFIXES, caption_llm_tokenizer
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.t2i.trainable import set_trainable
 from v2flow.t2i.visual_rows import VisualRows, check_family
-from v2flow.t2i.word_directions import TokenWords, token_words
+from v2flow.t2i.word_directions import TokenWords, token_words, words_batch
 from v2flow.tokenizer import V2FlowTokenizer
 
 
@@ -95,4 +95,4 @@ def _words(tokenizer: V2FlowTokenizer, config: TextToImageConfig) -> TokenWords:
     shards = _shards(config, "rows=words")
     reader = SampleReader(shards, tokenizer.config.image_size)
     count = min(len(shards), config.words_pictures)
-    return token_words(tokenizer, EvaluationLoader(EvaluationBatches(reader, count), 32))
+    return token_words(tokenizer, EvaluationLoader(EvaluationBatches(reader, count), words_batch(tokenizer)))

@@ -123,11 +123,19 @@ def encode_captions(tokenizer: Any, captions: Sequence[str], max_length: int) ->
         max_length: most ids that a caption may have, the beginning-of-sequence token included.
 
     Raises:
-        V2FlowError: an empty caption, or one longer than `max_length`.
+        V2FlowError: an empty caption, one that is not Unicode text, or one longer than `max_length`.
     """
     for index, caption in enumerate(captions):
         if not caption.strip():
             raise V2FlowError(f"caption {index}: expected some words, found {caption!r}")
+        try:
+            caption.encode()
+        except (
+            UnicodeEncodeError
+        ) as error:  # half of a pair in JSON, or bytes of a command that are not UTF-8
+            raise V2FlowError(
+                f"caption {index}: expected text, found {caption[:40]!r} ({error.reason})"
+            ) from error
     if not captions:
         return []
     bos = tokenizer.bos_token_id

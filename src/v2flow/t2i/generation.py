@@ -125,7 +125,7 @@ def draw(logits: NextLogits, uniform: PerPicture, options: GenerationOptions) ->
     # Strictly inside the last value, so that no draw falls behind the last token that is left.
     target = uniform[:, None] * cumulative[:, -1:]
     index = (cumulative <= target).sum(-1, keepdim=True)
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    last = ((probabilities > 0).sum(-1, keepdim=True) - 1).clamp_min(0)  # of no number nothing is above 0
     return order.gather(-1, index.minimum(last)).squeeze(-1)
 
 

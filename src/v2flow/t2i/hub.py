@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from v2flow.errors import V2FlowError, first_line
 from v2flow.hub import CARD, local_folder, makes_a, read_document
@@ -21,6 +20,7 @@ from v2flow.model_card import training_record, with_record
 from v2flow.t2i.compatibility import write_old_places
 from v2flow.t2i.extension import EOI, find_visual_tokens
 from v2flow.t2i.model_card import model_card, pretrained_name
+from v2flow.t2i.pretrained import read_causal_llm
 from v2flow.t2i.visual_rows import merge
 from v2flow.tokenizer import V2FlowTokenizer
 
@@ -108,10 +108,13 @@ def _load_folder(cls: Any, folder: Path) -> Any:
     try:
         # Files of the folder may name others to be fetched, such as the base of an adapter.
         words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        llm: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
+        llm = read_causal_llm(folder, "auto", local=True)
+        tokens = find_visual_tokens(words)
+        if len(llm.get_input_embeddings().weight) <= tokens.eoi:
+            raise ValueError(f"no row of {EOI}, whose id is {tokens.eoi}")
+    except V2FlowError:
+        raise
+    except Exception as error:  # of many classes, as what is wrong with the files
         reason = first_line(error)
         raise V2FlowError(
             f"{folder}: expected a causal language model with its tokenizer, found none that can be read ({reason}); "
@@ -119,7 +122,7 @@ def _load_folder(cls: Any, folder: Path) -> Any:
         ) from error
     llm.config._name_or_path = str(document.get("base", ""))  # of the pretrained LLM, not of this folder
     with makes_a(cls.__name__, str(folder)):
-        model = cls(tokenizer, llm, words, find_visual_tokens(words), max_caption=document["max_caption"])
+        model = cls(tokenizer, llm, words, tokens, max_caption=document["max_caption"])
     model.record = training_record(folder / CARD)
     return model.eval()
 

@@ -4,22 +4,20 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from v2flow.downloads import downloads_refused, why_local
 from v2flow.errors import V2FlowError, first_line
 from v2flow.llm import gemma_file, gemma_version
 from v2flow.paths import cache_dir
+from v2flow.t2i.pretrained import read_causal_llm
 from v2flow.t2i.small_llm import PREFIXES, SMALL, small_llm, train_caption_llm_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -113,37 +111,16 @@ def _load_folder(
         config = first_layers(config, layers)
         if random_weights:
             return _random_model(config, dtype, seed), tokenizer
-        with _no_table_of_keys():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, trust_remote_code=False, local_files_only=local,
-                output_loading_info=True,
-            )  # fmt: skip
-        model, keys = loaded
-        if missing := sorted(keys["missing_keys"]):
-            raise ValueError(f"no weights of {', '.join(missing[:3])}")
+        model = read_causal_llm(source, dtype, local, config)
     except V2FlowError:
         raise
-    except (OSError, ValueError, LookupError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # of many classes, as what is wrong with the files
         reason = first_line(error)
         raise _UnreadableError(
             f"option llm: {source!r}: expected gemma3-270m, {SMALL}, or the folder or hub id of a causal language "
             f"model with its tokenizer, found none that can be read ({reason}){why_local(source)}"
         ) from error
     return model.eval(), tokenizer
-
-
-@contextmanager
-def _no_table_of_keys() -> Iterator[None]:
-    """Without transformers' table of weights that were not as expected.
-
-    Blocks left out on purpose fill it, and weights that are missing are an error here, not drawn at random.
-    """
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 def _random_model(config: Any, dtype: torch.dtype, seed: int) -> Any:
@@ -156,7 +133,12 @@ def first_layers(config: Any, layers: int | None) -> Any:
     """The configuration with its first `layers` blocks, lists with an entry a block (layer_types) shortened too."""
     if layers is None:
         return config
-    there = config.num_hidden_layers
+    there = getattr(config, "num_hidden_layers", None)
+    if not isinstance(there, int):
+        raise V2FlowError(
+            f"option layers: expected an LLM of text alone, found one of type {config.model_type} without a number of "
+            "blocks of its own; leave the option out, or save its language model as a folder and name that"
+        )
     if not 1 <= layers <= there:
         raise V2FlowError(f"option layers: expected 1 to {there}, what the LLM has, found {layers}")
     for name, value in list(vars(config).items()):

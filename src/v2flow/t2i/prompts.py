@@ -30,7 +30,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         V2FlowError: missing, not UTF-8, empty, or a line of a .jsonl file that is no such object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also ends lines at characters that JSON texts may hold; a byte order mark is no caption.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise V2FlowError(
             f"{path}: no such file; expected captions, one a line, or GenEval's .jsonl prompts"

@@ -56,6 +56,12 @@ class WordDirections:
     matched: int
 
 
+def words_batch(tokenizer: V2FlowTokenizer) -> int:
+    """Pictures that `token_words` reads at once, at most 32: each token has an id, a probability, a double of it and a
+    place for every word, 32 bytes, which are to stay below half a GB."""
+    return max(min((1 << 29) // (32 * tokenizer.num_tokens * len(tokenizer.words)), 32), 1)
+
+
 @torch.no_grad()
 def token_words(
     tokenizer: V2FlowTokenizer, loader: Iterable[dict[str, Any]], pictures: int | None = None

@@ -119,6 +119,10 @@ class ReconstructionCallback(Callback):
                 "option floors: expected one process and a data module with training shards, found "
                 f"{trainer.world_size} processes and {shards or 'no shards'}; set floors to false"
             )
+        if self.floors and stage == "fit" and getattr(trainer.datamodule, "latents", None) is not None:  # type: ignore[attr-defined]
+            raise V2FlowError(
+                "option floors: expected training shards of pictures, found cached latents; set floors to false"
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts from nothing."""

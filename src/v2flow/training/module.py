@@ -1,5 +1,7 @@
 """What every LightningModule shares: optimiser, clock, random draws, what a checkpoint says of itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from v2flow.training.data_module import ShardDataModule
 from v2flow.training.optimizer import OptimizerConfig, configure_adamw
 
 _MASK = (1 << 63) - 1
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
@@ -28,13 +31,17 @@ def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(state & _MASK)
 
 
-def valid_images(batch: dict[str, Any]) -> Tensor:
-    """The pictures of an evaluation batch that are not filling; at least one, so that every rank logs."""
+def valid_images(batch: dict[str, Any]) -> tuple[Tensor, int]:
+    """The pictures of an evaluation batch that are not filling, and their number.
+
+    At least one picture, so that every rank logs: of filling alone the first, and 0, so that it counts for nothing.
+    """
     images: Tensor = batch["image"]
     valid = batch.get("valid")
     if valid is None or bool(valid.all()):
-        return images
-    return images[valid] if bool(valid.any()) else images[:1]
+        return images, len(images)
+    count = int(valid.sum())
+    return (images[valid] if count else images[:1]), count
 
 
 class SeededModule(LightningModule):
@@ -64,11 +71,31 @@ class SeededModule(LightningModule):
         """Source of this step's draws, keyed by (seed, step, batch, rank): nothing to save for a resume."""
         return seeded_generator(self.device, self.seed, self.global_step, batch_idx, self.global_rank)
 
+    @contextmanager
+    def global_draws(self, generator: torch.Generator) -> Iterator[None]:
+        """Keys the draws that libraries make from torch's global generator, such as dropout; it is put back after."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(generator.initial_seed())
+            yield
+
     def log_losses(self, terms: dict[str, Tensor], stage: str, batch_size: int) -> None:
-        """Log scalar terms as `stage/name`; the total goes to the progress bar."""
+        """Log scalar terms as `stage/name`; the total goes to the progress bar.
+
+        Args:
+            batch_size: weight of these terms in the mean over batches and, outside training, over ranks; it may be 0.
+        """
+        shared = stage != "train"
+        # Lightning divides the sum of the weights by the number of ranks, in whole numbers: they have to be multiples.
+        weight = batch_size * self.trainer.world_size if shared else batch_size
         for name, value in terms.items():
-            self.log(f"{stage}/{name}", value.detach(), batch_size=batch_size, prog_bar=name == "loss",
-                     sync_dist=stage != "train")  # fmt: skip
+            self.log(
+                f"{stage}/{name}",
+                value.detach(),
+                batch_size=weight,
+                prog_bar=name == "loss",
+                sync_dist=shared,
+            )
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up; see `configure_adamw`."""
@@ -157,14 +184,20 @@ class ReconstructionModule(SeededModule):
         return None
 
     def setup(self, stage: str) -> None:
-        """Refuse cached latents that this model cannot be trained on, and sharding, before anything is trained.
+        """Refuse what this model cannot be trained with, before anything is trained.
 
         Raises:
-            V2FlowError: latents of another codec, a loss on pixels, or a strategy that shards.
+            V2FlowError: latents of another codec, a loss on pixels, a precision other than single or mixed, or a
+                strategy that shards.
         """
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise V2FlowError(
                 f"option trainer.strategy: {type(self).__name__} is not sharded, only text-to-image models are; use ddp"
+            )
+        if self.trainer.precision not in _PRECISIONS:
+            raise V2FlowError(
+                f"option trainer.precision: expected one of {', '.join(_PRECISIONS)}, found "
+                f"{self.trainer.precision}: codebook and latents are kept in single precision"
             )
         data = getattr(self.trainer, "datamodule", None)
         form = data.latents if stage == "fit" and isinstance(data, ShardDataModule) else None
@@ -194,13 +227,13 @@ class ReconstructionModule(SeededModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Logs the terms of a batch, padding left out."""
-        images = valid_images(batch)
-        self.log_losses(self.evaluation_losses(images, batch_idx), "val", len(images))
+        images, count = valid_images(batch)
+        self.log_losses(self.evaluation_losses(images, batch_idx), "val", count)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Logs the terms of a batch, padding left out."""
-        images = valid_images(batch)
-        self.log_losses(self.evaluation_losses(images, batch_idx), "test", len(images))
+        images, count = valid_images(batch)
+        self.log_losses(self.evaluation_losses(images, batch_idx), "test", count)
 
     def describe(self) -> dict[str, Any]:
         """Plain values that rebuild the model from a checkpoint, and the hashes of what the checkpoint leaves out."""

@@ -13,7 +13,7 @@ from v2flow.metrics.scene_verifier import score_scenes
 from v2flow.origin import current_commit, origin
 from v2flow.t2i.generation import GenerationOptions
 from v2flow.t2i.metrics.evaluation import TextToImageEvaluation, evaluate_text_to_image
-from v2flow.t2i.metrics.retrieval import retrieval_accuracy
+from v2flow.t2i.metrics.retrieval import distractors, retrieval_accuracy
 from v2flow.t2i.metrics.rows import Drawing
 from v2flow.t2i.metrics.samples import CaptionedSamples, read_samples
 from v2flow.t2i.metrics.training_set import open_training_set
@@ -128,6 +128,11 @@ class TextToImageCallback(Callback):
             raise V2FlowError(
                 f"option ways: expected at most {groups}, the groups of captions in data.{split}, found {self.ways}"
             )
+        scored = max(self.retrieval_pictures, self.final_retrieval_pictures)
+        for index in range(
+            min(scored, len(samples))
+        ):  # its own complaint now, not at the end of the training
+            distractors(samples, index, self.ways, self.drawing.seed)
         self._samples = {split: samples}
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:

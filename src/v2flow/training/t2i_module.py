@@ -24,8 +24,6 @@ from v2flow.training.optimizer import OptimizerConfig
 from v2flow.training.sharding import shard_text_to_image
 from v2flow.training.token_data_module import TokenDataModule
 
-_MEAN_ONLY = {"one_step": {"steps": 1, "temperature": 0.0}}
-
 
 class TextToImageModule(SeededModule):
     """Trains captions -> visual tokens by next-token prediction (paper section 3.4); the tokenizer is frozen.
@@ -54,7 +52,6 @@ class TextToImageModule(SeededModule):
     ) -> None:
         super().__init__(optimizer, seed)
         self.config = text_to_image
-        self.decode_modes: dict[str, dict[str, Any]] = _MEAN_ONLY
         self.model: V2FlowForTextToImage = build_text_to_image(text_to_image)
         self.perplexity_before: float | None = None
         self.source = source_of(self.model.tokenizer)
@@ -97,14 +94,23 @@ class TextToImageModule(SeededModule):
             if getattr(data, split) is None:
                 continue
             data.check(split, self.source)
-            for where, caption in data.longest_captions(split).items():
+            # Of its tokens the one that begins a text and a space before the first word may be no byte of a caption.
+            self._check_captions(data.long_captions(split, self.model.max_caption - 2))
+
+    def _check_captions(self, places: dict[str, str]) -> None:
+        """Refuses the first caption that is too long, by the place that it is given with."""
+        try:
+            self.model.caption_ids(list(places))
+        except V2FlowError:
+            for caption, where in places.items():  # one by one, to say which
                 try:
                     self.model.caption_ids([caption])
                 except V2FlowError as error:
                     raise V2FlowError(f"{where}: {error} (option text_to_image.max_caption)") from error
 
-    def on_fit_start(self) -> None:
-        """Measures the LLM's language before the training; a resumed one has it from its checkpoint."""
+    def on_train_start(self) -> None:
+        """Measures the LLM's language before the training; a resumed one has it from its checkpoint, which strategies
+        that shard have not read before this hook."""
         if self.perplexity_before is None and not getattr(self.trainer, "fast_dev_run", False):
             self.perplexity_before = self.model.text_perplexity()
             rank_zero_info(f"text perplexity before the training: {self.perplexity_before:.1f}")
@@ -133,7 +139,8 @@ class TextToImageModule(SeededModule):
         """
         share, weight = (self.config.full_share, 1) if step is None else self.config.full_at(step)
         words = 0 if step is None else self.config.sampled_words
-        found = self.model.loss(captions, ids, share, self.config.text_weight, generator, weight, words)
+        with self.global_draws(generator):
+            found = self.model.loss(captions, ids, share, self.config.text_weight, generator, weight, words)
         terms = {"loss": found.total, "visual": found.visual}
         if share:
             terms["text_mass"] = found.text_mass
@@ -163,10 +170,11 @@ class TextToImageModule(SeededModule):
 
     def _evaluate(self, batch: dict[str, Any], batch_idx: int, stage: str) -> None:
         """Captions are all there, and draws the same at every call."""
-        rows = batch["valid"].nonzero().squeeze(1).tolist() or [0]  # at least one, so that every rank logs
+        valid = batch["valid"].nonzero().squeeze(1).tolist()
+        rows = valid or [0]  # at least one, so that every rank logs; it counts for nothing
         generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
         captions: list[str | None] = [batch["caption"][row] for row in rows]
-        self.log_losses(self.losses(captions, batch["ids"][rows], generator), stage, len(rows))
+        self.log_losses(self.losses(captions, batch["ids"][rows], generator), stage, len(valid))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the LLM's perplexity on text."""
@@ -188,7 +196,7 @@ class TextToImageModule(SeededModule):
         """Take what another run of the same model and mode has learned (`--init-from`).
 
         Raises:
-            V2FlowError: not a checkpoint of this kind, or one with other trained parameters.
+            V2FlowError: not a checkpoint of this kind, of another tokenizer or LLM, or with other trained parameters.
         """
         from v2flow.t2i.checkpoint import read_text_to_image
 
@@ -198,6 +206,13 @@ class TextToImageModule(SeededModule):
         if info["tokenizer_sha256"] != self.source.tokenizer_sha256:
             raise V2FlowError(
                 f"{path}: trained with another tokenizer; name the one that it was trained with"
+            )
+        own = self.describe()
+        if any(info.get(name) != own[name] for name in ("llm_sha256", "llm_tokenizer")):
+            raise V2FlowError(
+                f"{path}: trained from another LLM than {self.config.llm!r} as this experiment has it (options llm, "
+                "layers, random_weights, seed; of a small LLM also pictures, whose captions make its words); start "
+                "from a run of the same"
             )
         names = trained_names(self)
         different = sorted(names ^ set(weights)) or sorted(

@@ -8,6 +8,9 @@ from v2flow.data.batches import TrainBatches
 from v2flow.data.tokens import TokenReader, TokenSource, check_source
 from v2flow.training.streaming import StreamingDataModule, at_least
 
+CHECKED = 20_000
+"""Captions of a split whose length is checked before a training, the longest first: a second or two."""
+
 
 class TokenDataModule(StreamingDataModule):
     """Streams token ids and captions, in an order as reproducible as that of pictures; see `StreamingDataModule`.
@@ -67,9 +70,20 @@ class TokenDataModule(StreamingDataModule):
         """Refuse a split whose ids are another tokenizer's; see `check_source`."""
         check_source(self.shards(split), source)
 
-    def longest_captions(self, split: str, count: int = 64) -> dict[str, str]:
-        """Key -> caption of the samples whose captions have the most bytes: if these fit, so do all."""
+    def long_captions(self, split: str, tokens: int, count: int = CHECKED) -> dict[str, str]:
+        """Caption -> where it stands, of captions that may have more than `tokens` tokens.
+
+        A token is at least a byte, so shorter ones cannot; nor can the number of bytes tell more: 'xyzqw 1234567' may
+        be more tokens than a long sentence.
+
+        Args:
+            count: look at so many samples at most, the longest first; last those whose captions are in their json.
+        """
         shards, reader = self.shards(split), self.reader(split)
         lengths = shards.caption_bytes()
-        order = np.argsort(-lengths, kind="stable")[:count].tolist()
-        return {shards.where(sample): reader.caption(sample) for sample in order}
+        order = np.argsort(-lengths, kind="stable")
+        order = order[(lengths[order] > tokens) | (lengths[order] == 0)][:count]
+        found: dict[str, str] = {}
+        for sample in order.tolist():
+            found.setdefault(reader.caption(sample), shards.where(sample))
+        return found

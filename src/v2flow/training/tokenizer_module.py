@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from v2flow.config import TokenizerConfig
-from v2flow.decoding import decode_options
+from v2flow.decode_modes import read_modes
 from v2flow.tokenizer import TokenizerLosses, V2FlowTokenizer
 from v2flow.training.compilation import compile_parts
 from v2flow.training.module import ReconstructionModule, seeded_generator
@@ -35,16 +35,14 @@ class TokenizerModule(ReconstructionModule):
     ) -> None:
         super().__init__(optimizer, seed)
         self._to_compile = compile
-        self.decode_modes = decode_modes or {
-            "one_step": {"steps": 1, "temperature": 0.0},
-            "sampled": {"steps": 10},
-        }
-        for options in self.decode_modes.values():
-            decode_options(options)
+        modes = decode_modes or {"one_step": {"steps": 1, "temperature": 0.0}, "sampled": {"steps": 10}}
+        self.decode_modes = read_modes(modes, "experiment")
         # The first weights depend on the seed alone, whatever was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model: V2FlowTokenizer = V2FlowTokenizer(tokenizer)
+        for options in self.decode_modes.values():
+            self.model.decode_settings(options)
 
     def training_stages(self) -> dict[str, tuple[float, float]]:
         """Shares of the training in which tokens and mean learn, and then the velocity field alone."""
@@ -89,6 +87,17 @@ class TokenizerModule(ReconstructionModule):
             return loss
         # Every parameter takes part in every step: ranks would wait for the gradients of those that do not learn.
         return loss + 0.0 * sum(p.sum() for p in self.model.parameters())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What does not learn now is left without the zero gradient of `training_step`, as on one rank: AdamW would
+        count its steps, and take the first that matters for a late one."""
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self.trainer.world_size == 1 or not any(rates):
+            return
+        for group in optimizer.param_groups:
+            if not group["lr"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def configure_optimizers(self) -> Any:
         """AdamW with a schedule for each stage's parameters; see `configure_adamw`."""

@@ -1,11 +1,13 @@
 """Evaluation of a text-to-image checkpoint or exported folder on shards: `v2flow evaluate` of stage 2."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from v2flow.config import from_dict
+from v2flow.decode_modes import preset_options, presets_of
 from v2flow.devices import pick_device
 from v2flow.errors import V2FlowError
 from v2flow.evaluate import describe_shards
@@ -32,6 +34,7 @@ def evaluate_text_to_image_checkpoint(
     retrieval_pictures: int = 256,
     ways: int = 16,
     drawing: Drawing = Drawing(),
+    preset: str | None = None,
     features: bool = True,
     untrained: bool = True,
     json_path: str | Path | None = None,
@@ -48,6 +51,7 @@ def evaluate_text_to_image_checkpoint(
         data: token shards or captioned pictures; only the latter, and token shards of scenes, have real pictures.
         train: training shards of either kind, see `evaluate_text_to_image`.
         limit: the first so many samples only.
+        preset: decode by this preset of the tokenizer, see `V2FlowTokenizer.decode`, in place of `drawing.decode`.
         untrained: build the model before its training once more, for its row; an exported folder does not tell it.
         json_path: the report is also written there, atomically.
         grid_path: a PNG of the first 64 captions' pictures; the captions go beside it, as .txt.
@@ -63,6 +67,8 @@ def evaluate_text_to_image_checkpoint(
     current_commit()
     place = pick_device(device)
     model = load_text_to_image(path).to(place)
+    if preset is not None:
+        drawing = replace(drawing, decode=preset_options(presets_of(model.tokenizer), preset, {}))
     samples = read_samples(data, model.tokenizer, limit=limit, num_workers=num_workers, allow_pipe=allow_pipe)
     training = None
     if train is not None:
