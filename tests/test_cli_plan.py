@@ -184,7 +184,7 @@ def test_options_change_what_they_say(small: str, tmp_path: Path) -> None:
     options = "{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {broadcast_buffers: false}}"
     spelt = planned(*two, "--set", f"trainer.strategy={options}")
     assert spelt["strategies"]["DDP"]["sent"] == local
-    assert planned("--set", "trainer.devices=[0,1]")["devices"] == planned(*two)["devices"] == 2
+    assert planned("--set", "trainer.devices=[0,1]") == planned(*two)
     accumulated = planned("--set", "trainer.accumulate_grad_batches=2")
     assert accumulated["flops_per_step"] == 2 * base["flops_per_step"]
 
