@@ -9,6 +9,7 @@ import yaml
 from training_toys import experiment, write, write_shards
 
 from v2flow.benchmark.plan import check_held_out
+from v2flow.benchmark.runs import _curve
 from v2flow.benchmark.suite import Suite, fit_command, read_suite
 from v2flow.cli import main
 from v2flow.errors import V2FlowError
@@ -157,6 +158,14 @@ def test_minutes_become_steps_of_each_rows_own(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "out" / "overhead.json").read_text())["rows"]
     assert kept["wide"]["step_flops"] > kept["narrow"]["step_flops"]
     assert kept["narrow"]["step_time_ratio"]["median"] == 1.0
+
+
+def test_a_line_of_the_curve_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    for version, text in enumerate(('{"step": 2, "psnr": 9}\n{"step": 4, "ps', '{"step": 4, "psnr": 11}\n')):
+        path = tmp_path / "fit" / f"version_{version}" / "validation.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert _curve(tmp_path) == [{"step": 2, "psnr": 9}, {"step": 4, "psnr": 11}]
 
 
 def test_a_report_measures_nothing_and_keeps_what_is_there(
