@@ -128,9 +128,9 @@ def test_a_view_does_not_take_the_key_of_another_picture(
     toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Told before anything is encoded."""
-    red = next(iter(toy_members(toys)))
+    red = members(Path(toys.pictures.replace("*", "train-000000")))
     write_tar(tmp_path / "train-000000.tar", [
-        (f"{key}.{end}", data) for key in ("cat", "cat-1") for end, data in red.items()
+        (f"{key}.{end}", red[f"train000.{end}"]) for key in ("cat", "cat-1") for end in ("png", "txt")
     ])  # fmt: skip
     out = str(tmp_path / "tokens")
     words = ["data", "tokens", toys.tokenizer, "--data", str(tmp_path / "train-000000.tar"), "--out", out]
@@ -138,16 +138,6 @@ def test_a_view_does_not_take_the_key_of_another_picture(
     error = capsys.readouterr().err
     assert "sample 'cat': option --views: " in error and "of another picture, 'cat-1'" in error
     assert not Path(out).exists() and main(words) == 0
-
-
-def toy_members(toys: Toys) -> list[dict[str, bytes]]:
-    """The members of the first training pictures by extension."""
-    with tarfile.open(toys.pictures.replace("*", "train-000000")) as archive:
-        found: dict[str, dict[str, bytes]] = {}
-        for member in archive.getmembers()[:3]:
-            key, _, end = member.name.partition(".")
-            found.setdefault(key, {})[end] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    return list(found.values())
 
 
 def test_views_are_shifts_and_mirror_images() -> None:

@@ -346,9 +346,8 @@ def test_init_from_takes_weights_alone(
     assert "trained from another LLM" in error_line(
         capsys, [*words, "--model.init_args.text_to_image.seed=7"]
     )
-    other = write_pictures(
-        tmp_path / "other", {"train": 4}
-    )  # other captions, so other words of the small LLM
+    # Other captions, so other words of the small LLM.
+    other = write_pictures(tmp_path / "other", {"train": 4})
     assert "trained from another LLM" in error_line(
         capsys, [*words, f"--model.init_args.text_to_image.pictures={other}"]
     )

@@ -42,7 +42,7 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         for number in ("guidance", "timestep_shift", "temperature"):
-            if not math.isfinite(getattr(self, number)):
+            if not abs(getattr(self, number)) < math.inf:  # isfinite fails on integers that no float holds
                 raise V2FlowError(f"option {number}: expected a finite number, found {getattr(self, number)}")
         timesteps(self.steps, self.timestep_shift)
         if self.iterations < 1:

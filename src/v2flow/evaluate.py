@@ -222,7 +222,7 @@ def evaluate_checkpoint(
                 grid_path=grid_path if not results else None,
                 progress=progress,
             )
-        previous = {key: value.cpu() for key, value in model.state_dict().items()}
+            previous = {key: value.cpu() for key, value in model.state_dict().items()}
         if probes and name != "raw":
             settings = ProbeSettings(
                 seed, features, inception_weights, chosen, probe_limit, batch_size, place, progress

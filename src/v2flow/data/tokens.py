@@ -166,10 +166,10 @@ def build_tokens(
     if views > 1:
         build["views"] = views
     splits = [_split_of(shard.name) for shard in opened.shards]
-    _check_view_keys(opened, splits, views)
     finished = finished_build(Path(out), build)
     if finished is not None:
         return finished
+    _check_view_keys(opened, splits, views)
     tokenizer = tokenizer.to(pick_device())
     reader = SampleReader(opened, tokenizer.config.image_size, captions=True)
     loader = EvaluationLoader(EvaluationBatches(reader, len(opened)), batch_size, num_workers)
@@ -184,18 +184,16 @@ def _check_view_keys(shards: ShardSet, splits: Sequence[str], views: int) -> Non
     """Refuses pictures whose own keys are those that views of others get."""
     if views == 1:
         return
-    indexes = [(shard.name, shard.index, split) for shard, split in zip(shards.shards, splits, strict=True)]
-    keys = {index.key(row) for _, index, _ in indexes for row in range(len(index))}
-    for name, index, split in indexes:
-        for key in (index.key(row) for row in range(len(index)) if split == "train"):
-            taken = next(
-                (_view_key(key, view) for view in range(1, views) if _view_key(key, view) in keys), None
-            )
-            if taken is not None:
-                raise V2FlowError(
-                    f"{name}, sample {key!r}: option --views: a view of it would have the key of another picture, "
-                    f"{taken!r}; rename that picture and build its shards again, or leave the option out"
-                )
+    keys = [[shard.index.key(row) for row in range(len(shard.index))] for shard in shards.shards]
+    taken = {key for own in keys for key in own}
+    for shard, own, split in zip(shards.shards, keys, splits, strict=True):
+        for key in own if split == "train" else ():
+            for name in (_view_key(key, view) for view in range(1, views)):
+                if name in taken:
+                    raise V2FlowError(
+                        f"{shard.name}, sample {key!r}: option --views: a view of it would have the key of another "
+                        f"picture, {name!r}; rename that picture and build its shards again, or leave the option out"
+                    )
 
 
 def _samples(

@@ -130,9 +130,8 @@ def encode_captions(tokenizer: Any, captions: Sequence[str], max_length: int) ->
             raise V2FlowError(f"caption {index}: expected some words, found {caption!r}")
         try:
             caption.encode()
-        except (
-            UnicodeEncodeError
-        ) as error:  # half of a pair in JSON, or bytes of a command that are not UTF-8
+        except UnicodeEncodeError as error:
+            # Half of a surrogate pair in JSON, or bytes of a command that are not UTF-8.
             raise V2FlowError(
                 f"caption {index}: expected text, found {caption[:40]!r} ({error.reason})"
             ) from error

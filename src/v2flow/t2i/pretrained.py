@@ -22,16 +22,11 @@ def read_causal_llm(source: str | Path, dtype: torch.dtype | str, local: bool, c
         ValueError: weights are missing, which transformers would draw at random.
         Exception: of whatever class transformers and its readers have for a damaged folder.
     """
-    given = {} if config is None else {"config": config}
     with _no_table_of_keys():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=False,
-            local_files_only=local,
+            source, config=config, dtype=dtype, trust_remote_code=False, local_files_only=local,
             output_loading_info=True,
-            **given,
-        )
+        )  # fmt: skip
     model, keys = loaded
     if missing := sorted(keys["missing_keys"]):
         raise ValueError(f"no weights of {', '.join(missing[:3])}")

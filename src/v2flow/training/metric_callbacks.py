@@ -113,13 +113,14 @@ class ReconstructionCallback(Callback):
         self._result = None
         current_commit()
         select_modes(self.modes, pl_module.decode_modes)
-        shards = getattr(getattr(trainer, "datamodule", None), "train", None)
+        data = getattr(trainer, "datamodule", None)
+        shards = getattr(data, "train", None)
         if self.floors and stage == "fit" and (trainer.world_size > 1 or not shards):
             raise V2FlowError(
                 "option floors: expected one process and a data module with training shards, found "
                 f"{trainer.world_size} processes and {shards or 'no shards'}; set floors to false"
             )
-        if self.floors and stage == "fit" and getattr(trainer.datamodule, "latents", None) is not None:  # type: ignore[attr-defined]
+        if self.floors and stage == "fit" and getattr(data, "latents", None) is not None:
             raise V2FlowError(
                 "option floors: expected training shards of pictures, found cached latents; set floors to false"
             )

@@ -31,17 +31,22 @@ def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(state & _MASK)
 
 
-def valid_images(batch: dict[str, Any]) -> tuple[Tensor, int]:
-    """The pictures of an evaluation batch that are not filling, and their number.
+def valid_rows(valid: Tensor) -> tuple[Tensor, int]:
+    """Rows `[n]` of an evaluation batch that are not filling, of `valid` bool `[B]`, and their number.
 
-    At least one picture, so that every rank logs: of filling alone the first, and 0, so that it counts for nothing.
+    At least one row, so that every rank logs: of filling alone the first, and 0, so that it counts for nothing.
     """
+    rows = valid.nonzero().squeeze(1)
+    return (rows if len(rows) else rows.new_zeros(1)), len(rows)
+
+
+def valid_images(batch: dict[str, Any]) -> tuple[Tensor, int]:
+    """The pictures of an evaluation batch, those of `valid_rows` where it says which are filling."""
     images: Tensor = batch["image"]
-    valid = batch.get("valid")
-    if valid is None or bool(valid.all()):
+    if "valid" not in batch:
         return images, len(images)
-    count = int(valid.sum())
-    return (images[valid] if count else images[:1]), count
+    rows, count = valid_rows(batch["valid"])
+    return images[rows], count
 
 
 class SeededModule(LightningModule):

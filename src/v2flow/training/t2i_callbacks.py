@@ -128,10 +128,9 @@ class TextToImageCallback(Callback):
             raise V2FlowError(
                 f"option ways: expected at most {groups}, the groups of captions in data.{split}, found {self.ways}"
             )
-        scored = max(self.retrieval_pictures, self.final_retrieval_pictures)
-        for index in range(
-            min(scored, len(samples))
-        ):  # its own complaint now, not at the end of the training
+        # What retrieval would complain of at the end of the training, it says now.
+        scored = min(max(self.retrieval_pictures, self.final_retrieval_pictures), len(samples))
+        for index in range(scored):
             distractors(samples, index, self.ways, self.drawing.seed)
         self._samples = {split: samples}
 

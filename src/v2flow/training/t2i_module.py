@@ -19,7 +19,7 @@ from v2flow.t2i.small_llm import PREFIXES, backend_text
 from v2flow.t2i.text_to_image import V2FlowForTextToImage
 from v2flow.training.checkpoint_files import is_sharded
 from v2flow.training.frozen import leave_out_frozen, trained_names
-from v2flow.training.module import SeededModule, seeded_generator
+from v2flow.training.module import SeededModule, seeded_generator, valid_rows
 from v2flow.training.optimizer import OptimizerConfig
 from v2flow.training.sharding import shard_text_to_image
 from v2flow.training.token_data_module import TokenDataModule
@@ -170,11 +170,10 @@ class TextToImageModule(SeededModule):
 
     def _evaluate(self, batch: dict[str, Any], batch_idx: int, stage: str) -> None:
         """Captions are all there, and draws the same at every call."""
-        valid = batch["valid"].nonzero().squeeze(1).tolist()
-        rows = valid or [0]  # at least one, so that every rank logs; it counts for nothing
+        rows, count = valid_rows(batch["valid"])
         generator = seeded_generator(self.device, self.seed, batch_idx, self.global_rank)
-        captions: list[str | None] = [batch["caption"][row] for row in rows]
-        self.log_losses(self.losses(captions, batch["ids"][rows], generator), stage, len(valid))
+        captions: list[str | None] = [batch["caption"][row] for row in rows.tolist()]
+        self.log_losses(self.losses(captions, batch["ids"][rows], generator), stage, count)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the LLM's perplexity on text."""

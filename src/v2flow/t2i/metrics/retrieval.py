@@ -64,15 +64,11 @@ def distractors(samples: CaptionedSamples, index: int, ways: int, seed: int) -> 
     if ways < 2:
         raise V2FlowError(f"option ways: expected at least 2, found {ways}")
     generator = seeded_generator(torch.device("cpu"), seed, index)
-    members: dict[str, list[int]] = {}
-    for number, group in enumerate(samples.groups):
-        members.setdefault(group, []).append(number)
-    members.pop(samples.groups[index])
-    groups = list(members)
+    groups = [group for group in samples.members if group != samples.groups[index]]
     chosen: list[int] = []
     read = {samples.captions[index]}
     for place in torch.randperm(len(groups), generator=generator).tolist():
-        candidates = members[groups[place]]
+        candidates = samples.members[groups[place]]
         number = candidates[int(torch.randint(len(candidates), (), generator=generator))]
         if samples.captions[number] not in read and _untrue(samples, index, number):
             chosen.append(number)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ class CaptionedSamples:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @cached_property
+    def members(self) -> dict[str, list[int]]:
+        """Group -> numbers of its samples."""
+        found: dict[str, list[int]] = {}
+        for number, group in enumerate(self.groups):
+            found.setdefault(group, []).append(number)
+        return found
 
     def first(self, count: int) -> "CaptionedSamples":
         """The first `count` samples, or all."""
