@@ -11,8 +11,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 V2FLOW := $(PY) -m v2flow
-# One thread each: most tests are too small for more, and a file's fixtures are made once.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(PROCESSES) --dist loadfile
+# One thread each: most tests are too small for more. A file's fixtures are made once; tests/conftest.py orders the files.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 NAME := $(basename $(notdir $(EXPERIMENT)))
 
 # The default pictures are built only for an experiment that reads them; their manifest is written last.

@@ -17,6 +17,12 @@ from v2flow.config import VocabularyConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: whichever of two processes is done last, the other has not waited long."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def strict_torch() -> None:
     """The same numbers in every run, and no more threads than the smallest machine has cores."""

@@ -1,6 +1,9 @@
 """Benchmark suites: every row is a real training of its own process, finished rows are kept, and mistakes are named."""
 
 import json
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,8 @@ import pytest
 import yaml
 from training_toys import experiment, write, write_shards
 
-from v2flow.benchmark.plan import check_held_out
-from v2flow.benchmark.runs import _curve
+from v2flow.benchmark.plan import check_held_out, plan_suite
+from v2flow.benchmark.runs import _curve, kept_results
 from v2flow.benchmark.suite import Suite, fit_command, read_suite
 from v2flow.cli import main
 from v2flow.errors import V2FlowError
@@ -31,6 +34,12 @@ class Rounded(torch.nn.Module):
 def build():
     return Rounded()
 """
+ROWS: list[dict[str, Any]] = [
+    {"name": "As it stands"},
+    {"name": "Keys of 4", "arguments": ["--model.init_args.tokenizer.resampler.key_dim=4"]},
+    {"name": "Mine", "tokenizer": "rounded_tokenizer:build"},
+    {"name": "Breaks", "arguments": ["--data.batch_size=1000"]},
+]
 
 
 def write_suite(folder: Path, **changes: Any) -> Path:
@@ -40,10 +49,7 @@ def write_suite(folder: Path, **changes: Any) -> Path:
         "arguments": ["--model.init_args.optimizer.total_steps=2"],
         "evaluate": {"data": str(folder / "test-000000.tar")},
         "seeds": [3],
-        "rows": [
-            {"name": "As it stands"},
-            {"name": "Keys of 4", "arguments": ["--model.init_args.tokenizer.resampler.key_dim=4"]},
-        ],
+        "rows": ROWS[:2],
     } | changes
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -71,86 +77,109 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A suite that was run to its end once, as the tests below go on from it: each run is a training of seconds."""
+
+    folder: Path
+    status: int
+    error: str
+    rows: list[dict[str, Any]]
+    pending: list[list[Any]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """All of `ROWS`; the last one breaks."""
+    folder = tmp_path_factory.mktemp("suite")
+    write_experiment(folder)
+    (folder / "rounded_tokenizer.py").write_text(OWN)
+    error = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(error):
+        patch.chdir(folder)
+        status = run(write_suite(folder, rows=ROWS))
+    document = json.loads((folder / "out" / "results.json").read_text())
+    return Finished(folder, status, error.getvalue(), document["rows"], document["pending"])
+
+
+@pytest.mark.slow
 def test_rows_are_trained_once_scored_and_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_experiment(tmp_path)
-    assert run(write_suite(tmp_path)) == 0
-    output = capsys.readouterr().out
-    assert "2 of 2 done" in output and "+0.0%" in output
-    first, second = results(tmp_path)
+    first, second, _ = finished.rows
     assert first["step"] == second["step"] == 2 and first["minutes"] > 0
     assert (first["tokens"], first["codebook_size"], first["bits"]) == (16, 32, 80)
     assert first["parameters"] > second["parameters"]
     assert second["command"][-1] == "--model.init_args.tokenizer.resampler.key_dim=4"
-    assert "--seed_everything=3" in second["command"] and str(tmp_path / "runs") not in str(second["command"])
+    assert "--seed_everything=3" in second["command"]
+    assert str(finished.folder / "runs") not in str(second["command"])
     assert first["weights"]["ema"]["images"] == 6 and first["protocol"]["split"] == "test"
-    assert (tmp_path / "out" / first["grid"]).is_file()
-    page = (tmp_path / "out" / "README.md").read_text()
+
+    out = finished.folder / "out"
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*-seed3.json")}
+    monkeypatch.chdir(finished.folder)
+    assert run(write_suite(finished.folder, rows=ROWS[:3])) == 0
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "run again"
+    assert "+0.0%" in capsys.readouterr().out
+    assert (out / first["grid"]).is_file()
+    page = (out / "README.md").read_text()
     assert f"{second['weights']['ema']['modes']['one_step']['psnr']:.2f}" in page
     assert page.count("v2flow fit --config") == 2
-    assert "<html" in (tmp_path / "out" / "report.html").read_text()
-
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-seed3.json")}
-    assert run(write_suite(tmp_path)) == 0
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert "<html" in (out / "report.html").read_text()
 
 
-def test_a_failed_row_is_named_and_the_others_are_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_experiment(tmp_path)
-    broken = {"name": "Breaks", "arguments": ["--data.batch_size=1000"]}
-    assert run(write_suite(tmp_path, rows=[{"name": "As it stands"}, broken])) == 2
-    error = capsys.readouterr().err
-    assert "row 'Breaks'" in error
-    assert [path.name for path in (tmp_path / "out").glob("*-seed3.json")] == ["as-it-stands-seed3.json"]
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["pending"] == [["Breaks", 3]]
+def test_a_failed_row_is_named_and_the_others_are_kept(finished: Finished) -> None:
+    assert finished.status == 2 and "row 'Breaks'" in finished.error
+    assert [row["name"] for row in finished.rows] == ["As it stands", "Keys of 4", "Mine"]
+    assert finished.pending == [["Breaks", 3]]
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    write_experiment(tmp_path)
-    suite = write_suite(
-        tmp_path, rows=[{"name": "one"}], arguments=["--model.init_args.optimizer.total_steps=4"]
-    )
-    assert run(suite) == 0
-    whole = results(tmp_path)[0]
-    (tmp_path / "out" / "one-seed3.json").unlink()
-    (folder,) = (tmp_path / "runs").glob("one-seed3-*")
+def test_a_tokenizer_of_ones_own_is_scored_beside_the_others(finished: Finished) -> None:
+    mine = finished.rows[2]
+    assert mine["command"] is None and mine["bits"] == 80
+    assert mine["weights"]["ema"]["modes"]["own"]["psnr"] > 5
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_its_last_checkpoint(finished: Finished) -> None:
+    (finished.folder / "out" / "keys-of-4-seed3.json").unlink()
+    (folder,) = (finished.folder / "runs").glob("keys-of-4-seed3-*")
     (folder / "trained.json").unlink()
-    assert run(suite) == 0
-    again = results(tmp_path)[0]
+    assert run(write_suite(finished.folder, rows=[ROWS[1]])) == 0
+    (again,) = results(finished.folder)
     assert len(list(folder.glob("fit/version_*"))) == 2
-    assert again["step"] == 4 and again["weights"] == whole["weights"]
+    assert again["step"] == 2 and again["weights"] == finished.rows[1]["weights"]
 
 
-def test_a_row_of_another_command_is_trained_again(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_row_that_is_scored_in_another_way_is_not_trained_again(finished: Finished) -> None:
+    evaluate = {"data": str(finished.folder / "test-000000.tar"), "limit": 4}
+    assert run(write_suite(finished.folder, rows=[ROWS[0]], evaluate=evaluate)) == 0
+    (again,) = results(finished.folder)
+    assert again["weights"]["ema"]["images"] == 4
+    assert len(list((finished.folder / "runs").glob("as-it-stands-seed3-*/fit/version_*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_row_of_another_command_is_trained_again(finished: Finished) -> None:
     """A result belongs to the words and the experiment file that made it, not to the name of its row alone."""
-    write_experiment(tmp_path)
-    sizes = []
-    for size in (16, 24):
-        rows = [{"name": "one", "arguments": [f"--model.init_args.tokenizer.visual_vocabulary.size={size}"]}]
-        assert run(write_suite(tmp_path, rows=rows)) == 0
-        sizes.append(results(tmp_path)[0]["codebook_size"])
-    assert sizes == [16, 24]
-    before = results(tmp_path)
-    write_experiment(tmp_path, decoder={"heads": 4})
-    assert run(write_suite(tmp_path, rows=rows)) == 0
-    assert results(tmp_path)[0]["identity"] != before[0]["identity"]
+    row = {"name": "Keys of 4", "arguments": ["--model.init_args.tokenizer.visual_vocabulary.size=24"]}
+    assert run(write_suite(finished.folder, rows=[row])) == 0
+    (again,) = results(finished.folder)
+    assert again["codebook_size"] == 24 and again["identity"] != finished.rows[1]["identity"]
+
+    suite, out = read_suite(write_suite(finished.folder, rows=[row])), finished.folder / "out"
+    assert len(kept_results(suite, plan_suite(suite, out, progress=False), out)) == 1
+    file = finished.folder / "experiment.yaml"
+    before = file.read_text()
+    try:
+        write_experiment(finished.folder, decoder={"heads": 4})
+        assert kept_results(suite, plan_suite(suite, out, progress=False), out) == []
+    finally:
+        file.write_text(before)
 
 
-def test_a_row_that_is_scored_in_another_way_is_not_trained_again(tmp_path: Path) -> None:
-    write_experiment(tmp_path)
-    rows = [{"name": "one"}]
-    images = []
-    for limit in (6, 4):
-        evaluate = {"data": str(tmp_path / "test-000000.tar"), "limit": limit}
-        assert run(write_suite(tmp_path, rows=rows, evaluate=evaluate)) == 0
-        images.append(results(tmp_path)[0]["weights"]["ema"]["images"])
-    assert images == [6, 4]
-    assert len(list((tmp_path / "runs").glob("one-seed3-*/fit/version_*"))) == 1
-
-
+@pytest.mark.slow
 def test_minutes_become_steps_of_each_rows_own(tmp_path: Path) -> None:
     write_experiment(tmp_path)
     wide = {"name": "wide", "arguments": ["--model.init_args.tokenizer.resampler.depth=12"]}
@@ -178,19 +207,6 @@ def test_a_report_measures_nothing_and_keeps_what_is_there(
     assert run(suite, "--report") == 2
     assert "overhead.json: expected the step times of" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["overhead.json"]
-
-
-def test_a_tokenizer_of_ones_own_is_scored_beside_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_experiment(tmp_path)
-    (tmp_path / "rounded_tokenizer.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    rows = [{"name": "As it stands"}, {"name": "Mine", "tokenizer": "rounded_tokenizer:build"}]
-    assert run(write_suite(tmp_path, rows=rows)) == 0
-    mine = results(tmp_path)[1]
-    assert mine["command"] is None and mine["bits"] == 80
-    assert mine["weights"]["ema"]["modes"]["own"]["psnr"] > 5
 
 
 @pytest.mark.parametrize(

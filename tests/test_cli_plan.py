@@ -76,6 +76,7 @@ def test_every_experiment_is_in_the_committed_table(committed: dict[str, Any]) -
     assert sorted(committed) == sorted(map(name_of, EXPERIMENTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_every_experiment_is_planned_without_weights_or_data(
     path: Path, plans: Any, committed: dict[str, dict[str, str]]

@@ -75,6 +75,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("v2flow.encoder_export.COLUMNS", 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_parts")
 def test_plain_torch_gives_the_same_ids_in_a_process_without_v2flow(tmp_path: Path) -> None:
     """With the patch codec (exported by the command), an AutoencoderKL, and hard tokens; for several batches."""
