@@ -15,6 +15,8 @@ from loopback import connect_here
 from v2flow.config import VocabularyConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Looked up before any test: a command that a test runs in another folder leaves what it found there in the environment.
+PHOTOGRAPHS = Path(os.environ.get("V2FLOW_DATA") or REPOSITORY.parent / "shared" / "data").absolute()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,12 +55,11 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of the shared photographs (see its README), or the test is skipped."""
-    folder = Path(os.environ.get("V2FLOW_DATA") or REPOSITORY.parent / "shared" / "data")
-    if not (folder / "cifar10").is_dir():
+    if not (PHOTOGRAPHS / "cifar10").is_dir():
         pytest.skip(
-            f"no photographs in {folder}; set V2FLOW_DATA to a folder that holds cifar10/ and imagenet-sample/"
+            f"no photographs in {PHOTOGRAPHS}; set V2FLOW_DATA to a folder that holds cifar10/ and imagenet-sample/"
         )
-    return folder
+    return PHOTOGRAPHS
 
 
 @pytest.fixture
