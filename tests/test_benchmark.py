@@ -1,7 +1,7 @@
 """Benchmark suites: every row is a real training of its own process, finished rows are kept, and mistakes are named."""
 
 import json
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -79,11 +79,13 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A suite that was run to its end once, as the tests below go on from it: each run is a training of seconds."""
+    """A suite that was run to its end once; the tests below go on from it, in their order."""
 
     folder: Path
     status: int
+    output: str
     error: str
+    files: list[str]
     rows: list[dict[str, Any]]
     pending: list[list[Any]]
 
@@ -94,18 +96,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("suite")
     write_experiment(folder)
     (folder / "rounded_tokenizer.py").write_text(OWN)
-    error = StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(error):
+    output, error = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(error):
         patch.chdir(folder)
         status = run(write_suite(folder, rows=ROWS))
+    files = sorted(path.name for path in (folder / "out").glob("*-seed3.json"))
     document = json.loads((folder / "out" / "results.json").read_text())
-    return Finished(folder, status, error.getvalue(), document["rows"], document["pending"])
+    return Finished(
+        folder, status, output.getvalue(), error.getvalue(), files, document["rows"], document["pending"]
+    )
 
 
 @pytest.mark.slow
 def test_rows_are_trained_once_scored_and_reported(
     finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert "2 of 4 done" in finished.output and "3 of 4 done" in finished.output
     first, second, _ = finished.rows
     assert first["step"] == second["step"] == 2 and first["minutes"] > 0
     assert (first["tokens"], first["codebook_size"], first["bits"]) == (16, 32, 80)
@@ -131,6 +137,7 @@ def test_rows_are_trained_once_scored_and_reported(
 def test_a_failed_row_is_named_and_the_others_are_kept(finished: Finished) -> None:
     assert finished.status == 2 and "row 'Breaks'" in finished.error
     assert [row["name"] for row in finished.rows] == ["As it stands", "Keys of 4", "Mine"]
+    assert finished.files == ["as-it-stands-seed3.json", "keys-of-4-seed3.json", "mine-seed3.json"]
     assert finished.pending == [["Breaks", 3]]
 
 
